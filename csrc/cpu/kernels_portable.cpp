@@ -1,0 +1,18 @@
+#include <math.h>
+#include <omp.h>
+
+#include "kernels.h"
+#include "support.h"
+
+#define TAILORKV_ISA portable
+#include "element.h"
+#include "vec_portable.h"
+//
+#include "ops.h"
+
+namespace tailorkv {
+
+extern const Kernels kernels_portable;
+const Kernels kernels_portable = TAILORKV_KERNELS;
+
+}  // namespace tailorkv

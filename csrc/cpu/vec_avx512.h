@@ -1,0 +1,91 @@
+// Vectors of 16 floats. Every vec_*.h defines the same names; vec_portable.h documents them.
+#pragma once
+
+#include <immintrin.h>
+
+namespace tailorkv::TAILORKV_ISA {
+namespace {
+
+constexpr int W = 16;
+using F = __m512;
+
+inline F splat(float x) { return _mm512_set1_ps(x); }
+
+inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+inline F load(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline F widen(__m256i bf16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+}
+inline F load(const Bf16* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline F load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+inline F load(const Half* p, int n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+}
+inline F load(const Bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+
+inline void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+inline void store(float* p, F x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+inline F abs(F x) { return _mm512_abs_ps(x); }
+inline F round_even(F x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline F pow2(F n) {
+  __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
+}
+inline float sum(F x) { return _mm512_reduce_add_ps(x); }
+inline float largest(F x) { return _mm512_reduce_max_ps(x); }
+inline float smallest(F x) { return _mm512_reduce_min_ps(x); }
+inline uint32_t greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+inline void store_bytes(uint8_t* p, F x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+
+inline float to_float(Half x) { return _cvtsh_ss(x.bits); }
+inline uint16_t half_bits(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+
+struct Bits {
+  __mmask16 mask;
+};
+template <int B>
+auto load_codes(const uint8_t* p, int64_t i) {
+  const uint8_t* at = p + i * B / 8;
+  if constexpr (B == 1) {
+    uint16_t mask;
+    __builtin_memcpy(&mask, at, 2);
+    return Bits{mask};
+  } else if constexpr (B == 2) {
+    int32_t packed;
+    __builtin_memcpy(&packed, at, 4);
+    const __m512i shifts =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    // A permutation reads four bits of its index: the table repeats, so no mask is needed.
+    const F table = _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi32(packed), shifts), table);
+  } else {
+    int32_t low, high;
+    __builtin_memcpy(&low, at, 4);
+    __builtin_memcpy(&high, at + 4, 4);
+    const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i packed = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xFF00, high);
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(packed, shifts), table);
+  }
+}
+inline F accumulate(F sum, Bits codes, F x) {
+  return _mm512_mask_add_ps(sum, codes.mask, sum, x);
+}
+inline F accumulate(F sum, F codes, F x) { return _mm512_fmadd_ps(codes, x, sum); }
+
+}  // namespace
+}  // namespace tailorkv::TAILORKV_ISA

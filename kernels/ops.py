@@ -1,0 +1,228 @@
+"""The public ops: one function each, its contract, and nothing else.
+
+Symbols are those of `types.py`. Outputs are written in place into tensors the caller
+owns. Index tensors are int32 (`block_table`, `seq_lens`, ...) or int64 (`slot_mapping`,
+`groups`), contiguous and on the device of the caches. Every function raises `ValueError`
+for shapes or dtypes that break its contract and leaves values (an index out of range in a
+block table) to the caller, as vLLM's ops do.
+
+Positions: a row with `seq_len = L` tokens in context, this step's token included, has
+*sinks* `[0, sink_tokens)`, a *middle* `[sink_tokens, tail_start)` and an exact *tail*
+`[tail_start, L)`. Every group that overlaps the middle is complete.
+"""
+
+import torch
+
+from vllm_tailorkv.kernels import checks
+from vllm_tailorkv.kernels.dispatch import implementation
+from vllm_tailorkv.kernels.types import DenseCodes, DerivedPages, TokenIndex
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Write K and V of new tokens into host pages.
+
+    Args:
+        key, value: [T, Hk, d], the caches' dtype; the last axis contiguous.
+        key_cache, value_cache: [NB, Hk, bs, d].
+        slot_mapping: int64 [>= T]; token i goes to block `slot // bs`, offset `slot % bs`;
+            a negative slot is skipped.
+    """
+    checks.check_write(key, value, key_cache, value_cache, slot_mapping)
+    implementation("write_kv", key_cache)(key, value, key_cache, value_cache, slot_mapping)
+
+
+def quantize_groups(
+    groups: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    derived: DerivedPages,
+) -> None:
+    """Derive the records of completed groups from the host pages (section 3.2 of the paper).
+
+    `scale = float16((max - min) / (2^b - 1))`, `zero = float16(min)`, both saturated to
+    float16's range, `code = clamp(round_half_even((x - zero) / scale), 0, 2^b - 1)` in
+    float32 with the rounded scale and zero; 0 where the scale is 0. All implementations
+    agree to the bit. An index of channels gets the largest magnitude of each channel.
+
+    Args:
+        groups: int64 [N], `block * G + group within the block`, each complete.
+        key_cache, value_cache: [NB, Hk, bs, d].
+        derived: the records to write; their shapes tell g and b.
+    """
+    checks.check_quantize(groups, key_cache, value_cache, derived)
+    implementation("quantize_groups", key_cache)(groups, key_cache, value_cache, derived)
+
+
+def quantized_decode_attention(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    codes: DenseCodes,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_quantized: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> None:
+    """Attention of a dense layer: codes before, exact host rows after, one softmax.
+
+    Args:
+        output, query: [R, H, d], the caches' dtype.
+        key_cache, value_cache: [NB, Hk, bs, d].
+        codes: K and V codes of the same blocks.
+        block_table: int32 [R, max_blocks].
+        seq_lens: int32 [R]; tokens in context.
+        num_quantized: int32 [R], a multiple of g, at most `seq_lens`: tokens
+            `[0, num_quantized)` are read from codes, the rest from the host.
+        scale: factor on q.k before the softmax.
+        softcap: if positive, scores become `softcap * tanh(score / softcap)`.
+    """
+    checks.check_decode(output, query, key_cache, value_cache, block_table, seq_lens)
+    checks.check_codes(codes, key_cache)
+    checks.check_rows("num_quantized", num_quantized, query.shape[0])
+    implementation("quantized_decode_attention", key_cache)(
+        output,
+        query,
+        key_cache,
+        value_cache,
+        codes,
+        block_table,
+        seq_lens,
+        num_quantized,
+        scale,
+        softcap,
+    )
+
+
+def score_tokens(
+    scores: torch.Tensor,
+    query: torch.Tensor,
+    index: TokenIndex,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    tail_start: torch.Tensor,
+    *,
+    sink_tokens: int,
+    critical_channels: int,
+) -> None:
+    """Approximate scores `q.k` of the middle tokens of sparse layers (section 3.3).
+
+    With a `OnebitIndex`, K is what its codes say. With a `ChannelIndex`, only the
+    `critical_channels` channels with the largest `max_i |q_i| * max_t |K[t]|` count (the
+    maximum over the groups that overlap `[0, tail_start)`; the lower channel first among
+    equals), and they are read from the host pages.
+
+    Args:
+        scores: float32 [R, Hk, S], S >= max(tail_start); entry t is written for
+            `sink_tokens <= t < tail_start[r]`, the others are unspecified.
+        query: float32 [R, Hk, Q, d]; a token's score is the largest of its Q scores.
+        index: the derived pages.
+        key_cache: [NB, Hk, bs, d], read with a `ChannelIndex` only.
+        block_table: int32 [R, max_blocks].
+        tail_start: int32 [R].
+        sink_tokens: first token of the middle.
+        critical_channels: channels scored with a `ChannelIndex`.
+    """
+    checks.check_score(scores, query, index, key_cache, block_table, tail_start)
+    implementation("score_tokens", key_cache)(
+        scores, query, index, key_cache, block_table, tail_start, sink_tokens, critical_channels
+    )
+
+
+def select_topk(
+    indices: torch.Tensor,
+    scores: torch.Tensor,
+    tail_start: torch.Tensor,
+    *,
+    sink_tokens: int,
+) -> None:
+    """The k best middle tokens of each row and KV head.
+
+    Args:
+        indices: int32 [R, Hk, k]; positions in ascending order, then -1 where the middle
+            has fewer than k tokens. Among equal scores the lower position is taken.
+        scores: float32 [R, Hk, S], without NaN.
+        tail_start: int32 [R].
+        sink_tokens: first token of the middle.
+    """
+    checks.check_topk(indices, scores, tail_start)
+    implementation("select_topk", scores)(indices, scores, tail_start, sink_tokens)
+
+
+def sparse_decode_attention(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    indices: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tail_start: torch.Tensor,
+    *,
+    sink_tokens: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> None:
+    """Exact attention over sinks, selected tokens and tail, gathered from the host pages.
+
+    Args:
+        output, query: [R, H, d], the caches' dtype.
+        key_cache, value_cache: [NB, Hk, bs, d].
+        indices: int32 [R, Hk, k] as `select_topk` leaves them; all G heads of a KV head
+            attend to the same tokens.
+        block_table: int32 [R, max_blocks].
+        seq_lens: int32 [R]; tokens in context.
+        tail_start: int32 [R], at least `min(sink_tokens, seq_len)`.
+        sink_tokens: tokens always kept at the start.
+        scale: factor on q.k before the softmax.
+        softcap: if positive, scores become `softcap * tanh(score / softcap)`.
+    """
+    checks.check_decode(output, query, key_cache, value_cache, block_table, seq_lens)
+    checks.check_rows("tail_start", tail_start, query.shape[0])
+    checks.check_indices(indices, key_cache, query.shape[0])
+    implementation("sparse_decode_attention", key_cache)(
+        output,
+        query,
+        key_cache,
+        value_cache,
+        indices,
+        block_table,
+        seq_lens,
+        tail_start,
+        sink_tokens,
+        scale,
+        softcap,
+    )
+
+
+def dense_preference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    alpha: float,
+    scale: float,
+) -> torch.Tensor:
+    """How much of its attention a layer spreads beyond a few tokens (section 3.1).
+
+    `1 - mean over queries of the sum of the floor(alpha * L) largest weights` (at least
+    one), causal: query i of n stands at position `L - n + i`.
+
+    Args:
+        query: [n, H, d], the last n queries of a prompt.
+        key: [L, Hk, d], all keys of the prompt, the query's dtype; L >= n.
+        alpha: share of the context counted, in (0, 1].
+        scale: factor on q.k before the softmax.
+
+    Returns:
+        float32 [H]; the layer's score is its mean.
+    """
+    checks.check_preference(query, key, alpha)
+    return implementation("dense_preference", key)(query, key, alpha, scale)

@@ -1,0 +1,13 @@
+"""All patches, in the order in which they are applied."""
+
+from vllm_tailorkv.patches import backend_name, block_count, layers, platform
+from vllm_tailorkv.patches.record import Patch
+
+PATCHES: tuple[Patch, ...] = (
+    backend_name.PATCH,
+    platform.BACKEND,
+    platform.CONFIG,
+    layers.SPEC,
+    layers.BIND,
+    block_count.PATCH,
+)

@@ -1,0 +1,66 @@
+"""The CPU platform hands our layers to our backend, and configurations are checked early."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_tailorkv.attention.name import CLASS_PATH, LOGGER, NAME
+from vllm_tailorkv.patches.record import Patch
+
+logger = init_logger(LOGGER)
+
+
+def _wrap_backend(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_attn_backend_cls(
+        cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if selected_backend is not None and selected_backend.name == NAME:
+            from vllm_tailorkv.attention.support import check_layer  # noqa: PLC0415
+
+            check_layer(attn_selector_config)
+            if not attn_selector_config.has_sliding_window:
+                logger.info_once("Using %s backend.", NAME)
+                return CLASS_PATH
+            logger.info_once("TailorKV leaves sliding-window layers to vLLM's own backend.")
+            selected_backend = None
+        backend: str = original(cls, selected_backend, attn_selector_config, num_heads)
+        return backend
+
+    return get_attn_backend_cls
+
+
+def _wrap_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        original(cls, vllm_config)
+        backend = vllm_config.attention_config.backend
+        if backend is not None and backend.name == NAME:
+            from vllm_tailorkv.attention.support import check_engine  # noqa: PLC0415
+
+            check_engine(vllm_config)
+
+    return check_and_update_config
+
+
+BACKEND = Patch(
+    name="cpu-backend",
+    target="vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
+    why="the CPU platform returns its own backend whatever the user selects",
+    how="full-attention layers get our backend where ours is selected; sliding-window layers "
+    "keep vLLM's, and anything else that we cannot serve is an error",
+    process="workers",
+    remove_when="the CPU platform honours a registered backend",
+    wrap=_wrap_backend,
+)
+
+CONFIG = Patch(
+    name="early-check",
+    target=f"{type(current_platform).__module__}:"
+    f"{type(current_platform).__qualname__}.check_and_update_config",
+    why="a plugin has no hook that sees the whole configuration before the engine starts",
+    how="our options are validated, and what we cannot serve is refused, in the first process",
+    process="the one that the user starts",
+    remove_when="vLLM lets an attention backend validate the configuration",
+    wrap=_wrap_config,
+)

@@ -1,0 +1,161 @@
+"""Caches, contexts and implementations for the op tests.
+
+Every byte of a cache starts as 0xFF, which is NaN in each dtype: whatever an op reads
+outside the addressed tokens shows in its result.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+
+from vllm_tailorkv.cache.views import HostPages, derived_pages, host_pages
+from vllm_tailorkv.kernels import cpu as cpu_module
+from vllm_tailorkv.kernels import reference
+from vllm_tailorkv.kernels.types import DerivedPages
+from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
+
+ITEMSIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
+
+
+def available_isas() -> list[str]:
+    if cpu_module.unavailable() is not None:
+        return []
+    names = []
+    for name in ("avx512_gfni", "avx512", "avx2", "portable"):
+        try:
+            torch.ops.vllm_tailorkv.set_isa(name)
+        except RuntimeError:
+            continue
+        names.append(name)
+    if names:
+        torch.ops.vllm_tailorkv.set_isa(names[0])
+    return names
+
+
+ISAS = available_isas()
+
+
+@pytest.fixture(params=ISAS or [pytest.param("", marks=pytest.mark.skip("no C++ extension"))])
+def cpu(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The C++ implementation, once for each instruction set of this processor."""
+    torch.ops.vllm_tailorkv.set_isa(request.param)
+    yield cpu_module
+    torch.ops.vllm_tailorkv.set_isa(ISAS[0])
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Set the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@dataclass
+class Cache:
+    """Pages of one layer: host and derived regions side by side in each page."""
+
+    layout: PageLayout
+    raw: torch.Tensor
+    host: HostPages
+    derived: DerivedPages
+
+    def clone(self) -> "Cache":
+        return view_pages(self.raw.clone(), self.layout, self.host.key.dtype)
+
+
+def view_pages(raw: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> Cache:
+    host = host_pages(raw[:, : layout.host_bytes], layout, dtype)
+    derived = derived_pages(raw[:, layout.host_bytes :], layout, dtype)
+    return Cache(layout, raw, host, derived)
+
+
+def make_cache(
+    kind: DerivedKind = DerivedKind.DENSE,
+    heads: int = 2,
+    head_size: int = 64,
+    block_size: int = 128,
+    group_size: int = 64,
+    bits: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    key_layout: KeyLayout = KeyLayout.CHANNEL_MAJOR,
+    num_blocks: int = 8,
+) -> Cache:
+    layout = PageLayout(
+        kind, heads, head_size, block_size, group_size, bits, ITEMSIZE[dtype], key_layout
+    )
+    size = layout.host_bytes + layout.derived_bytes
+    raw = torch.full((num_blocks, size), 0xFF, dtype=torch.uint8)
+    return view_pages(raw, layout, dtype)
+
+
+@dataclass
+class Context:
+    """A cache that holds rows of tokens in scattered blocks, and their complete groups."""
+
+    cache: Cache
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+
+    @property
+    def complete(self) -> torch.Tensor:
+        """Tokens of complete groups of each row, int32 [R]."""
+        size = self.cache.layout.group_size
+        return self.seq_lens // size * size
+
+
+def make_context(lengths: list[int], seed: int = 0, **kwargs: object) -> Context:
+    generator = torch.Generator().manual_seed(seed)
+    block_size = int(str(kwargs.get("block_size", 128)))
+    counts = [-(-length // block_size) for length in lengths]
+    num_blocks = sum(counts) + 3
+    cache = make_cache(num_blocks=num_blocks, **kwargs)  # type: ignore[arg-type]
+    layout, dtype = cache.layout, cache.host.key.dtype
+    order = torch.randperm(num_blocks, generator=generator).tolist()
+    # Entries beyond a row's blocks name a block full of NaN.
+    table = torch.full((len(lengths), max(counts) + 1), order.pop(), dtype=torch.int32)
+    per_block = layout.groups_per_block
+    groups = []
+    shape = (layout.num_kv_heads, layout.head_size)
+    bias = torch.randn(shape, generator=generator) * 2
+    for row, length in enumerate(lengths):
+        blocks = [order.pop() for _ in range(counts[row])]
+        table[row, : len(blocks)] = torch.tensor(blocks)
+        position = torch.arange(length)
+        where = torch.tensor(blocks)[position // block_size]
+        key = torch.randn(length, *shape, generator=generator) + bias
+        value = torch.randn(length, *shape, generator=generator)
+        cache.host.key[where, :, position % block_size] = key.to(dtype)
+        cache.host.value[where, :, position % block_size] = value.to(dtype)
+        groups += [
+            blocks[i // per_block] * per_block + i % per_block
+            for i in range(length // layout.group_size)
+        ]
+    reference.quantize_groups(
+        torch.tensor(groups, dtype=torch.int64), cache.host.key, cache.host.value, cache.derived
+    )
+    return Context(cache, table, torch.tensor(lengths, dtype=torch.int32))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of all elements together; infinite if anything is NaN."""
+    error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp(1e-30)
+    return float("inf") if error.isnan() else error.item()
+
+
+@pytest.fixture
+def build_cache() -> Callable[..., Cache]:
+    return make_cache
+
+
+@pytest.fixture
+def build_context() -> Callable[..., Context]:
+    return make_context
+
+
+@pytest.fixture
+def error_of() -> Callable[[torch.Tensor, torch.Tensor], float]:
+    return relative_error

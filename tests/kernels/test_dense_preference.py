@@ -1,0 +1,46 @@
+"""The identification score of a layer."""
+
+import pytest
+import torch
+
+from vllm_tailorkv.kernels import ops, reference
+
+CASES = [
+    # dtype, heads, G, head_size, length, queries
+    (torch.float32, 2, 4, 64, 300, 32),
+    (torch.bfloat16, 1, 7, 128, 77, 5),
+    (torch.float16, 4, 1, 80, 40, 40),
+    (torch.float32, 1, 2, 72, 1, 1),
+]
+
+
+@pytest.mark.parametrize(("dtype", "heads", "per_head", "head_size", "length", "queries"), CASES)
+@pytest.mark.parametrize("alpha", [0.001, 0.05, 1.0])
+def test_equals_reference(cpu, dtype, heads, per_head, head_size, length, queries, alpha):
+    query = torch.randn(queries, heads * per_head, head_size).to(dtype)
+    key = torch.randn(length, heads, head_size).to(dtype)
+    expected = reference.dense_preference(query, key, alpha, head_size**-0.5)
+    actual = cpu.dense_preference(query, key, alpha, head_size**-0.5)
+    assert (actual - expected).abs().max() < 1e-5
+
+
+def test_reference_against_loops():
+    query, key = torch.randn(3, 4, 16), torch.randn(50, 2, 16)
+    actual = reference.dense_preference(query, key, 0.1, 0.25)
+    for head in range(4):
+        total = 0.0
+        for i in range(3):
+            visible = key[: 48 + i, head // 2].double()
+            weights = torch.softmax(visible @ query[i, head].double() * 0.25, 0)
+            total += float(weights.sort(descending=True).values[:5].sum())
+        assert abs(float(actual[head]) - (1 - total / 3)) < 1e-5
+
+
+def test_arguments():
+    query, key = torch.randn(3, 4, 16), torch.randn(50, 2, 16)
+    with pytest.raises(ValueError, match="alpha"):
+        ops.dense_preference(query, key, alpha=0.0, scale=1.0)
+    with pytest.raises(ValueError, match="more queries"):
+        ops.dense_preference(query, key[:2], alpha=0.5, scale=1.0)
+    with pytest.raises(ValueError, match="head_size"):
+        ops.dense_preference(query, key[..., :8], alpha=0.5, scale=1.0)

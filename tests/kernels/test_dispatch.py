@@ -1,0 +1,78 @@
+"""Which implementation runs, and what users read when none can."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vllm_tailorkv.errors import TailorKVError
+from vllm_tailorkv.kernels import cpu, dispatch, ops
+
+
+@pytest.fixture(autouse=True)
+def fresh_choices():
+    def clear():
+        dispatch.choose.cache_clear()
+        dispatch.unavailable.cache_clear()
+
+    clear()
+    yield
+    clear()
+
+
+def topk():
+    indices = torch.zeros(1, 1, 1, dtype=torch.int32)
+    scores = torch.tensor([[[0.0, 2.0, 1.0]]])
+    ops.select_topk(indices, scores, torch.tensor([3], dtype=torch.int32), sink_tokens=0)
+    return indices.item()
+
+
+def test_unknown_name(monkeypatch):
+    monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "fastest")
+    with pytest.raises(TailorKVError, match="fastest is unknown"):
+        topk()
+
+
+def test_reference_by_name(monkeypatch):
+    monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "reference")
+    assert topk() == 1
+    choice = dispatch.choose("select_topk", "cpu")
+    assert (choice.name, choice.reason) == ("reference", "asked for by name")
+
+
+def test_cpu_by_default(monkeypatch):
+    monkeypatch.delenv("VLLM_TAILORKV_KERNELS", raising=False)
+    if cpu.unavailable():
+        pytest.skip("no C++ extension")
+    assert topk() == 1
+    assert dispatch.choose("select_topk", "cpu").name == "cpu"
+
+
+def test_missing_extension_names_the_remedy(monkeypatch):
+    monkeypatch.delenv("VLLM_TAILORKV_KERNELS", raising=False)
+    monkeypatch.setitem(sys.modules, "vllm_tailorkv._cpu", None)
+    with pytest.raises(TailorKVError, match="pip install --no-build-isolation"):
+        topk()
+
+
+@pytest.mark.parametrize("name", ["avx9000", "portable"])
+def test_instruction_set_by_name(name):
+    if cpu.unavailable():
+        pytest.skip("no C++ extension")
+    code = (
+        "import torch; from vllm_tailorkv.kernels import cpu; "
+        "print(cpu.unavailable()); print(torch.ops.vllm_tailorkv.isa())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"VLLM_TAILORKV_CPU_ISA": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if name == "portable":
+        assert result.stdout.split() == ["None", "portable"]
+    else:
+        assert "TailorKVError: VLLM_TAILORKV_CPU_ISA=avx9000 is unknown" in result.stderr

@@ -1,0 +1,109 @@
+"""Records agree with the reference to the bit; the reference agrees with the formula."""
+
+import pytest
+import torch
+
+from vllm_tailorkv.kernels import ops, reference
+from vllm_tailorkv.layout import DerivedKind, KeyLayout
+
+CASES = [
+    # dtype, layout, head_size, block_size, group_size
+    (torch.bfloat16, KeyLayout.CHANNEL_MAJOR, 128, 128, 64),
+    (torch.float16, KeyLayout.CHANNEL_MAJOR, 80, 128, 64),
+    (torch.float32, KeyLayout.CHANNEL_MAJOR, 64, 128, 32),
+    (torch.bfloat16, KeyLayout.TOKEN_MAJOR, 96, 128, 128),
+    (torch.float32, KeyLayout.TOKEN_MAJOR, 256, 64, 64),
+    (torch.bfloat16, KeyLayout.CHANNEL_MAJOR, 72, 64, 64),
+]
+KINDS = [
+    (DerivedKind.DENSE, 1),
+    (DerivedKind.DENSE, 2),
+    (DerivedKind.DENSE, 4),
+    (DerivedKind.ONEBIT, 1),
+    (DerivedKind.CHANNELS, 1),
+]
+
+
+def fill(cache) -> None:
+    """Random K and V of very different ranges, with constants and extremes among them."""
+    generator = torch.Generator().manual_seed(3)
+    for pages in (cache.host.key, cache.host.value):
+        x = torch.randn(pages.shape, generator=generator)
+        x *= 10.0 ** torch.randint(-6, 4, (1, 1, 1, pages.shape[3]), generator=generator)
+        x[1] = x[1].round()  # many ties
+        x[2, :, :, ::7] = 0.25  # a scale of zero
+        x[2, :, :, 1::7] = 0.0
+        x[3, :, ::5] *= 30000.0  # beyond float16
+        pages.copy_(x.clamp(-60000, 60000) if pages.dtype == torch.float16 else x)
+
+
+@pytest.mark.parametrize(("kind", "bits"), KINDS)
+@pytest.mark.parametrize(("dtype", "key_layout", "head_size", "block_size", "group_size"), CASES)
+def test_equals_reference(
+    cpu, build_cache, kind, bits, dtype, key_layout, head_size, block_size, group_size
+):
+    cache = build_cache(
+        kind=kind,
+        bits=bits,
+        head_size=head_size,
+        block_size=block_size,
+        group_size=group_size,
+        dtype=dtype,
+        key_layout=key_layout,
+        num_blocks=5,
+    )
+    fill(cache)
+    expected = cache.clone()
+    per_block = block_size // group_size
+    groups = torch.randperm(4 * per_block)  # the last block stays as it is
+    reference.quantize_groups(groups, expected.host.key, expected.host.value, expected.derived)
+    cpu.quantize_groups(groups, cache.host.key, cache.host.value, cache.derived)
+    if not torch.equal(cache.raw, expected.raw):
+        # Only the sign of a zero may differ, and bytes decide nothing else.
+        assert torch.equal(untied(cache), untied(expected))
+
+
+def untied(cache) -> torch.Tensor:
+    """The raw pages with -0.0 zeros as 0.0."""
+    copy = cache.clone()
+    if copy.layout.kind is not DerivedKind.CHANNELS:
+        for codes in copy.derived:
+            codes.zero.add_(0.0)
+    return copy.raw
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_reference_against_formula(build_cache, bits):
+    cache = build_cache(bits=bits, num_blocks=2, dtype=torch.float32)
+    fill_with = torch.randn(2, 2, 128, 64)
+    cache.host.key.copy_(fill_with)
+    cache.host.value.copy_(fill_with)
+    reference.quantize_groups(torch.tensor([1]), cache.host.key, cache.host.value, cache.derived)
+    group = fill_with[0, :, 64:].double()
+    for codes, axis in ((cache.derived.key, 1), (cache.derived.value, 2)):
+        low, high = group.amin(axis, keepdim=True), group.amax(axis, keepdim=True)
+        step = (high - low) / (2**bits - 1)
+        if axis == 1:
+            back = reference.dequantize_keys(codes, 0, 64)[:, 64:].double()
+        else:
+            back = reference.dequantize_values(codes, 0, 64, bits, 64)[:, 64:].double()
+        # Half a step, and what float16 does to scale and zero.
+        assert ((back - group).abs() <= step * 0.51 + 4e-3).all()
+
+
+@pytest.mark.parametrize("kind", list(DerivedKind))
+def test_nothing_to_do(cpu, build_cache, kind):
+    cache = build_cache(kind=kind)
+    before = cache.raw.clone()
+    empty = torch.zeros(0, dtype=torch.int64)
+    cpu.quantize_groups(empty, cache.host.key, cache.host.value, cache.derived)
+    assert torch.equal(cache.raw, before)
+
+
+def test_arguments(build_cache):
+    cache, other = build_cache(), build_cache(head_size=128)
+    groups = torch.tensor([0])
+    with pytest.raises(ValueError, match="groups"):
+        ops.quantize_groups(groups.int(), cache.host.key, cache.host.value, cache.derived)
+    with pytest.raises(ValueError, match="shape"):
+        ops.quantize_groups(groups, other.host.key, other.host.value, cache.derived)

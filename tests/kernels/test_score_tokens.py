@@ -1,0 +1,136 @@
+"""Scores of the middle, with both indexes; what is outside the middle is not asked for."""
+
+import pytest
+import torch
+
+from vllm_tailorkv.kernels import ops, reference
+from vllm_tailorkv.layout import DerivedKind, KeyLayout
+
+LENGTHS = [1, 70, 129, 1000, 400]
+# Of the largest magnitude in a row.
+TOLERANCE = {DerivedKind.ONEBIT: 1e-2, DerivedKind.CHANNELS: 1e-5}
+
+CASES = [
+    # dtype, layout, heads, Q, head_size, block_size, group_size
+    (torch.bfloat16, KeyLayout.CHANNEL_MAJOR, 2, 1, 128, 128, 64),
+    (torch.bfloat16, KeyLayout.CHANNEL_MAJOR, 2, 4, 128, 128, 64),
+    (torch.float32, KeyLayout.TOKEN_MAJOR, 1, 7, 64, 128, 32),
+    (torch.float16, KeyLayout.CHANNEL_MAJOR, 1, 1, 80, 64, 64),
+    (torch.float16, KeyLayout.TOKEN_MAJOR, 2, 3, 96, 128, 128),
+    (torch.float32, KeyLayout.CHANNEL_MAJOR, 1, 8, 256, 128, 128),
+    (torch.float32, KeyLayout.CHANNEL_MAJOR, 1, 2, 72, 128, 32),
+]
+
+
+def run(function, context, query, tail_start, sink_tokens, size, critical=8):
+    rows, heads = query.shape[:2]
+    # Rows of the buffer are longer than needed, as the caller's are.
+    scores = torch.full((rows, heads, size + 16), float("nan"))[..., :size]
+    function(
+        scores,
+        query,
+        context.cache.derived,
+        context.cache.host.key,
+        context.block_table,
+        tail_start,
+        sink_tokens,
+        critical,
+    )
+    return scores
+
+
+@pytest.mark.parametrize("kind", [DerivedKind.ONEBIT, DerivedKind.CHANNELS])
+@pytest.mark.parametrize("sink_tokens", [0, 8, 70])
+@pytest.mark.parametrize(
+    ("dtype", "key_layout", "heads", "queries", "head_size", "block_size", "group_size"), CASES
+)
+def test_equals_reference(
+    cpu,
+    build_context,
+    kind,
+    sink_tokens,
+    dtype,
+    key_layout,
+    heads,
+    queries,
+    head_size,
+    block_size,
+    group_size,
+):
+    context = build_context(
+        LENGTHS,
+        kind=kind,
+        heads=heads,
+        head_size=head_size,
+        block_size=block_size,
+        group_size=group_size,
+        dtype=dtype,
+        key_layout=key_layout,
+    )
+    # A middle may end inside a group, as long as the group is complete.
+    tail_start = (context.complete - 5).clamp(min=0).int()
+    query = torch.randn(len(LENGTHS), heads, queries, head_size)
+    size = int(tail_start.max())
+    arguments = (context, query, tail_start, sink_tokens, size)
+    expected = run(reference.score_tokens, *arguments)
+    actual = run(cpu.score_tokens, *arguments)
+    for row, end in enumerate(tail_start.tolist()):
+        middle = slice(sink_tokens, max(sink_tokens, end))
+        error = (actual[row, :, middle] - expected[row, :, middle]).abs()
+        limit = TOLERANCE[kind] * expected[row, :, middle].abs().amax() if end > sink_tokens else 0
+        assert (error <= limit).all()
+
+
+@pytest.mark.parametrize("kind", [DerivedKind.ONEBIT, DerivedKind.CHANNELS])
+@pytest.mark.parametrize("count", [1, 7])
+def test_split_over_threads(cpu, build_context, error_of, threads, kind, count):
+    context = build_context([5000], kind=kind, heads=1, dtype=torch.float32)
+    arguments = (context, torch.randn(1, 1, 1, 64), context.complete, 8, 4992)
+    expected = run(reference.score_tokens, *arguments)
+    threads(count)
+    actual = run(cpu.score_tokens, *arguments)
+    assert error_of(actual[..., 8:], expected[..., 8:]) < TOLERANCE[kind]
+
+
+def test_ties_between_channels(cpu, build_context, error_of):
+    context = build_context([256], kind=DerivedKind.CHANNELS, dtype=torch.float32)
+    context.cache.derived.absmax.fill_(1.0)
+    arguments = (context, torch.ones(1, 2, 1, 64), context.complete, 8, 256, 3)
+    expected = run(reference.score_tokens, *arguments)
+    actual = run(cpu.score_tokens, *arguments)
+    assert error_of(actual[..., 8:], expected[..., 8:]) < 1e-5
+
+
+def test_reference_with_all_channels_is_exact(build_context, error_of):
+    context = build_context([200], kind=DerivedKind.CHANNELS, dtype=torch.float32)
+    query = torch.randn(1, 2, 3, 64)
+    scores = run(reference.score_tokens, context, query, context.complete, 8, 192, 64)
+    for token in range(8, 192):
+        block = int(context.block_table[0, token // 128])
+        key = context.cache.host.key[block, :, token % 128]
+        expected = torch.einsum("hqd,hd->hq", query[0], key).amax(1)
+        assert error_of(scores[0, :, token], expected) < 1e-5
+
+
+def test_no_rows(cpu, build_context):
+    context = build_context([64], kind=DerivedKind.ONEBIT)
+    context.block_table = context.block_table[:0]
+    scores = run(cpu.score_tokens, context, torch.zeros(0, 2, 1, 64), torch.zeros(0).int(), 8, 64)
+    assert scores.shape == (0, 2, 64)
+
+
+def test_arguments(build_context):
+    context = build_context([64], kind=DerivedKind.ONEBIT)
+    scores, query = torch.zeros(1, 2, 64), torch.zeros(1, 2, 1, 64)
+    rest = (context.block_table, context.complete)
+    pages = (context.cache.derived, context.cache.host.key)
+    options = {"sink_tokens": 8, "critical_channels": 8}
+    with pytest.raises(ValueError, match="query"):
+        ops.score_tokens(scores, query[..., :32], *pages, *rest, **options)
+    with pytest.raises(ValueError, match="float32"):
+        ops.score_tokens(scores.half(), query, *pages, *rest, **options)
+    with pytest.raises(ValueError, match="tail_start"):
+        ops.score_tokens(scores, query, *pages, rest[0], rest[1].long(), **options)
+    dense = build_context([64], bits=2)
+    with pytest.raises(ValueError, match="one bit"):
+        ops.score_tokens(scores, query, dense.cache.derived, pages[1], *rest, **options)

@@ -1,0 +1,1 @@
+"""TailorKV as a vLLM attention backend: specs, metadata, implementation."""

@@ -1,0 +1,227 @@
+"""The attention of one layer: write, derive, attend."""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from vllm import _custom_ops as vllm_ops
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+
+from vllm_tailorkv.attention.metadata import DecodeRows, ExactRows, TailorKVMetadata
+from vllm_tailorkv.attention.settings import load_settings
+from vllm_tailorkv.attention.spec import TailorKVSpec
+from vllm_tailorkv.cache.host_pool import allocate_host_pool
+from vllm_tailorkv.cache.views import HostPages, derived_pages, host_pages
+from vllm_tailorkv.errors import TailorKVError
+from vllm_tailorkv.kernels import ops
+from vllm_tailorkv.kernels.types import DenseCodes, DerivedPages
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The two tiers of one layer's cache."""
+
+    host: HostPages
+    derived: DerivedPages
+
+
+def reduce_query(query: torch.Tensor, num_kv_heads: int, how: str) -> torch.Tensor:
+    """The queries that a KV head's tokens are scored with.
+
+    Args:
+        query: [R, H, d].
+        how: `mean` of the query heads of a KV head, or `max` of their scores.
+
+    Returns:
+        float32 [R, Hk, Q, d], Q = 1 for `mean`, else H / Hk.
+    """
+    grouped = query.float().unflatten(1, (num_kv_heads, -1))
+    return grouped.mean(2, keepdim=True) if how == "mean" else grouped
+
+
+class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
+    """Exact attention for prompts and short contexts, tailored attention for decode steps."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **unsupported: object,
+    ) -> None:
+        given = sorted(name for name, value in unsupported.items() if value is not None)
+        if alibi_slopes is not None:
+            given.append("ALiBi")
+        if kv_sharing_target_layer_name is not None:
+            given.append("K/V shared across layers")
+        if given:
+            raise TailorKVError(
+                f"--attention-backend tailorkv: {', '.join(given)} is not supported; leave "
+                "--attention-backend out to use vLLM's own"
+            )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.softcap = logits_soft_cap or 0.0
+        self.config = load_settings(get_current_vllm_config()).config
+        self.spec: TailorKVSpec | None = None
+        self.pages: Pages | None = None
+
+    def bind(self, layer_name: str, kv_cache: torch.Tensor) -> None:
+        """View the layer's pages; allocate its host pool if that is ours.
+
+        Args:
+            kv_cache: the model's dtype, [NB, Hk, bs, C], the last three axes contiguous;
+                empty to let go of the pages.
+
+        Raises:
+            TailorKVError: the layer never asked for pages of ours.
+        """
+        self.pages = None
+        if kv_cache.numel() == 0:
+            return
+        if self.spec is None:
+            raise TailorKVError(
+                f"--attention-backend tailorkv: the cache of {layer_name} is of a kind that is "
+                "not supported; leave --attention-backend out to use vLLM's own"
+            )
+        layout, dtype = self.spec.layout, self.spec.dtype
+        raw = kv_cache.flatten(1).view(torch.uint8)
+        if self.spec.split:
+            host = allocate_host_pool(len(raw), layout)
+            derived = raw
+        else:
+            host, derived = raw[:, : layout.host_bytes], raw[:, layout.host_bytes :]
+        derived = derived[:, : layout.derived_bytes]
+        self.pages = Pages(host_pages(host, layout, dtype), derived_pages(derived, layout, dtype))
+        # vLLM frees a cache by dropping the tensor; our views must not keep it alive.
+        weakref.finalize(kv_cache, self._release, self.pages)
+
+    def _release(self, pages: Pages) -> None:
+        if self.pages is pages:
+            self.pages = None
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TailorKVMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write this step's K and V, derive completed groups, attend.
+
+        Args:
+            query, output: [T, H, d]; key, value: [T, Hk, d].
+            attn_metadata: None in a run that only measures memory.
+
+        Returns:
+            `output`.
+        """
+        if attn_metadata is None:
+            return output
+        assert self.pages is not None
+        host, derived = self.pages.host, self.pages.derived
+        count = attn_metadata.num_actual_tokens
+        ops.write_kv(key[:count], value[:count], host.key, host.value, attn_metadata.slot_mapping)
+        if len(attn_metadata.groups):
+            ops.quantize_groups(attn_metadata.groups, host.key, host.value, derived)
+        if attn_metadata.exact is not None:
+            self._exact(attn_metadata.exact, query[:count], output[:count])
+        if attn_metadata.decode is not None:
+            self._decode(attn_metadata, attn_metadata.decode, query[:count], output[:count])
+        return output
+
+    def _exact(self, rows: ExactRows, query: torch.Tensor, output: torch.Tensor) -> None:
+        assert self.pages is not None
+        part = output if rows.tokens is None else torch.empty_like(query[rows.tokens])
+        vllm_ops.cpu_attention_with_kv_cache(
+            query=query if rows.tokens is None else query[rows.tokens],
+            key_cache=self.pages.host.stored_key,
+            value_cache=self.pages.host.value,
+            output=part,
+            query_start_loc=rows.query_start_loc,
+            seq_lens=rows.seq_lens,
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=rows.block_table,
+            softcap=self.softcap,
+            scheduler_metadata=rows.scheduler_metadata,
+            s_aux=None,
+        )
+        if rows.tokens is not None:
+            output[rows.tokens] = part
+
+    def _decode(
+        self,
+        metadata: TailorKVMetadata,
+        rows: DecodeRows,
+        query: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        assert self.pages is not None
+        host, derived = self.pages.host, self.pages.derived
+        part = query.contiguous() if rows.tokens is None else query[rows.tokens]
+        result = torch.empty_like(part)
+        if isinstance(derived, DenseCodes):
+            ops.quantized_decode_attention(
+                result,
+                part,
+                host.key,
+                host.value,
+                derived,
+                rows.block_table,
+                rows.seq_lens,
+                rows.boundary,
+                scale=self.scale,
+                softcap=self.softcap,
+            )
+        else:
+            sinks, workspace = self.config.sink_tokens, metadata.workspace
+            shape = (len(part), self.num_kv_heads)
+            scores = workspace.get("scores", (*shape, rows.max_boundary), torch.float32)
+            ops.score_tokens(
+                scores,
+                reduce_query(part, self.num_kv_heads, self.config.query_reduce),
+                derived,
+                host.key,
+                rows.block_table,
+                rows.boundary,
+                sink_tokens=sinks,
+                critical_channels=self.config.critical_channels,
+            )
+            indices = workspace.get("indices", (*shape, self.config.topk_tokens), torch.int32)
+            ops.select_topk(indices, scores, rows.boundary, sink_tokens=sinks)
+            ops.sparse_decode_attention(
+                result,
+                part,
+                host.key,
+                host.value,
+                indices,
+                rows.block_table,
+                rows.seq_lens,
+                rows.boundary,
+                sink_tokens=sinks,
+                scale=self.scale,
+                softcap=self.softcap,
+            )
+        if rows.tokens is None:
+            output.copy_(result)
+        else:
+            output[rows.tokens] = result

@@ -1,0 +1,21 @@
+"""The host tier of the `split` placement: one tensor a layer, ours."""
+
+import torch
+
+from vllm_tailorkv.errors import TailorKVError
+from vllm_tailorkv.layout import PageLayout
+
+
+def allocate_host_pool(num_blocks: int, layout: PageLayout) -> torch.Tensor:
+    """Host regions for every block of one layer: uint8 [num_blocks, host_bytes], zeros.
+
+    Raises:
+        TailorKVError: the memory is not there.
+    """
+    try:
+        return torch.zeros(num_blocks, layout.host_bytes, dtype=torch.uint8)
+    except RuntimeError:
+        gib = num_blocks * layout.host_bytes / (1 << 30)
+        raise TailorKVError(
+            f"no memory for {gib:.2f} GiB of a layer's host pool; lower host_pool_gib"
+        ) from None

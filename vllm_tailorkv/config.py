@@ -1,0 +1,146 @@
+"""The options of TailorKV: frozen, validated, each with its meaning, no torch, no vLLM.
+
+They come from vLLM's `--additional-config '{"tailorkv": {...}}'`; an environment variable
+`VLLM_TAILORKV_<OPTION>` overrides one of them.
+"""
+
+import json
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_tailorkv import envs
+from vllm_tailorkv.errors import TailorKVError
+
+
+
+
+class DensePlan(BaseModel):
+    """A layer profile given inline: the indices of the dense layers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dense_layers: tuple[int, ...]
+
+
+class TailorKVConfig(BaseModel):
+    """Options of TailorKV. Defaults are the paper's where it has one (arXiv 2505.19586)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    profile: str | DensePlan | None = Field(
+        default=None,
+        description="Which layers are dense: the path of a profile, or "
+        '{"dense_layers": [0, 1]}. Default: a published profile of the model, else layers 0 and 1.',
+    )
+    bits: Literal[1, 2, 4] = Field(default=2, description="Bits of a code of a dense layer.")
+    group_size: Literal[32, 64, 128] = Field(
+        default=64,
+        description="Tokens (K) or channels (V) that share a scale; divides the block size.",
+    )
+    residual_tokens: int = Field(
+        default=128, ge=0, description="Newest tokens that a dense layer reads exactly."
+    )
+    sink_tokens: int = Field(
+        default=8, ge=0, description="First tokens that a sparse layer always reads."
+    )
+    recent_tokens: int = Field(
+        default=56, ge=1, description="Newest tokens that a sparse layer always reads."
+    )
+    topk_tokens: int = Field(
+        default=128, ge=1, description="Tokens between those that a sparse layer retrieves."
+    )
+    critical_channels: int = Field(
+        default=8, ge=1, description='Channels of K scored, with index="channels".'
+    )
+    index: Literal["channels", "onebit"] = Field(
+        default="channels",
+        description="How sparse layers find tokens: by a few channels of K, or by K at 1 bit.",
+    )
+    query_reduce: Literal["mean", "max"] = Field(
+        default="mean",
+        description="How the query heads of a KV head agree on tokens: their mean query, or "
+        "the largest of their scores (costs as many scans as there are heads).",
+    )
+    full_attention_below: int = Field(
+        default=0,
+        ge=0,
+        description="Contexts up to this many tokens are attended in full (the token budget "
+        "always is).",
+    )
+    placement: Literal["auto", "joint", "split"] = Field(
+        default="auto",
+        description="joint: both tiers in vLLM's pages (auto on CPU); split: full-precision "
+        "K/V in a pool of our own.",
+    )
+    host_pool_gib: float | None = Field(
+        default=None,
+        gt=0,
+        description='GiB of each worker\'s host pool with placement="split". Default on CPU: '
+        "its share of vLLM's cache memory.",
+    )
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.host_pool_gib is not None and self.placement != "split":
+            raise ValueError(
+                f'host_pool_gib needs placement="split", is "{self.placement}": with any other '
+                "placement vLLM's own cache memory (--kv-cache-memory-bytes) holds both tiers"
+            )
+        if "critical_channels" in self.model_fields_set and self.index != "channels":
+            raise ValueError(
+                f'critical_channels needs index="channels", is "{self.index}": drop one of them'
+            )
+        return self
+
+    @property
+    def budget_tokens(self) -> int:
+        """Tokens that a sparse layer reads in full precision in a decode step."""
+        return self.sink_tokens + self.topk_tokens + self.recent_tokens
+
+    @property
+    def exact_below(self) -> int:
+        """Contexts of up to this many tokens are attended in full, in every layer."""
+        return max(self.full_attention_below, self.budget_tokens)
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first thing that is wrong."""
+    first = error.errors()[0]
+    key = ".".join(
+        str(part) for part in first["loc"] if part not in ("str", "DensePlan", "function-after")
+    )
+    if first["type"] == "extra_forbidden":
+        return f"unknown option {key!r}; allowed are {', '.join(TailorKVConfig.model_fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    return f"{key}={first['input']!r}: {message}"
+
+
+def load_config(options: Any) -> TailorKVConfig:
+    """Validate options, environment overrides included.
+
+    Args:
+        options: the value of `additional_config["tailorkv"]`, a dict or None.
+
+    Raises:
+        TailorKVError: naming the key at fault and what it may be.
+    """
+    if options is None:
+        options = {}
+    if not isinstance(options, dict):
+        raise TailorKVError(
+            f'additional_config["tailorkv"] must be a JSON object, is {options!r}; for instance '
+            """'{"tailorkv": {"index": "onebit"}}'"""
+        )
+    values = dict(options)
+    for option, text in envs.option_overrides(TailorKVConfig.model_fields).items():
+        try:
+            values[option] = json.loads(text)
+        except json.JSONDecodeError:
+            values[option] = text
+    try:
+        return TailorKVConfig.model_validate(values)
+    except ValidationError as error:
+        raise TailorKVError(f"tailorkv: {_explain(error)}") from None

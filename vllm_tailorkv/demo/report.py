@@ -1,0 +1,139 @@
+"""The demo's results, as tables for a person and as JSON for a program."""
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vllm_tailorkv.demo.client import Answer, Measurement
+from vllm_tailorkv.demo.server import TailorKVPlan
+from vllm_tailorkv.demo.text import Haystack
+
+_SHOWN_CHARS = 24
+
+
+def print_report(
+    console: Console,
+    haystack: Haystack,
+    plan: TailorKVPlan | None,
+    tailorkv: Measurement,
+    reference: Measurement,
+) -> None:
+    """Print the answers side by side, then what a decode step reads, then the times.
+
+    Args:
+        haystack: what both backends were asked about.
+        plan: of the server with tailorkv; None if it printed none.
+        tailorkv: what the backend of this project did.
+        reference: what vLLM's own backend did.
+    """
+    answers = Table(title=f"{len(haystack.needles)} needles in {haystack.num_tokens:,} tokens")
+    answers.add_column("needle")
+    answers.add_column("depth", justify="right")
+    answers.add_column("number", justify="right")
+    answers.add_column("tailorkv")
+    answers.add_column("vLLM's own backend")
+    for ours, theirs in zip(tailorkv.answers, reference.answers, strict=True):
+        answers.add_row(
+            ours.placed.needle.name,
+            f"{ours.placed.token_offset / haystack.num_tokens:.0%}",
+            ours.placed.needle.code,
+            _verdict(ours),
+            _verdict(theirs),
+        )
+    console.print(answers)
+
+    if plan is None:
+        console.print("[yellow]The server with tailorkv printed no plan: nothing to compare.[/]")
+    else:
+        reads = Table("what a decode step reads", "", title="Memory", show_header=False)
+        for row in _plan_rows(plan, haystack.num_tokens):
+            reads.add_row(*row)
+        console.print(reads)
+
+    times = Table("", "tailorkv", "vLLM's own backend", title="Seconds")
+    times.add_row(
+        "per output token (median)",
+        f"{tailorkv.seconds_per_token:.4f}",
+        f"{reference.seconds_per_token:.4f}",
+    )
+    times.add_row(
+        "reading the haystack once",
+        f"{tailorkv.prefill_seconds:.1f}",
+        f"{reference.prefill_seconds:.1f}",
+    )
+    console.print(times)
+
+
+def as_json(
+    haystack: Haystack,
+    plan: TailorKVPlan | None,
+    tailorkv: Measurement,
+    reference: Measurement,
+) -> dict[str, object]:
+    """The same results as plain data; times in seconds, depths in tokens."""
+    return {
+        "num_tokens": haystack.num_tokens,
+        "plan": None if plan is None else plan.model_dump(),
+        "tailorkv": _measurement_json(tailorkv),
+        "vllm": _measurement_json(reference),
+    }
+
+
+def _measurement_json(measurement: Measurement) -> dict[str, object]:
+    return {
+        "right": sum(answer.is_right for answer in measurement.answers),
+        "answers": [
+            {
+                "needle": answer.placed.needle.name,
+                "token_offset": answer.placed.token_offset,
+                "number": answer.placed.needle.code,
+                "completion": answer.completion,
+                "right": answer.is_right,
+            }
+            for answer in measurement.answers
+        ],
+        "prefill_seconds": measurement.prefill_seconds,
+        "seconds_per_token": measurement.seconds_per_token,
+    }
+
+
+def _verdict(answer: Answer) -> Text:
+    """What was answered, green and "right" or red and "wrong"."""
+    shown = answer.completion.strip().partition("\n")[0][:_SHOWN_CHARS]
+    if answer.is_right:
+        return Text(f"{shown} right", style="green")
+    return Text(f"{shown!r} wrong", style="bold red")
+
+
+def _plan_rows(plan: TailorKVPlan, context: int) -> Iterator[tuple[str, str]]:
+    budget = min(plan.budget_tokens, context)
+    dense = ", ".join(map(str, plan.dense_layers)) or "none"
+    sparse = ", ".join(map(str, plan.sparse_layers)) or "none"
+    method = (
+        "all K at 1 bit"
+        if plan.index == "onebit"
+        else f"{plan.critical_channels} of {plan.head_size} channels of K"
+    )
+    yield f"dense layers ({dense})", f"all {context:,} tokens at {plan.bits} bit"
+    yield (
+        f"sparse layers ({sparse})",
+        f"{budget:,} of {context:,} tokens exactly ({budget / context:.1%}), "
+        f"found through {method}",
+    )
+    full, host, derived = (
+        plan.full_bytes_per_token,
+        plan.host_bytes_per_token,
+        plan.derived_bytes_per_token,
+    )
+    yield "full-precision K/V, as vLLM keeps it", f"{full:,.0f} bytes a token"
+    yield "host tier", f"{host:,.0f} bytes a token"
+    yield (
+        "derived tier (device memory on a GPU)",
+        f"{derived:,.0f} bytes a token ({derived / full:.1%} of full precision)",
+    )
+    yield (
+        f"the cache holds (placement {plan.placement})",
+        f"{plan.num_tokens:,} tokens in {plan.num_blocks:,} blocks of {plan.block_size}",
+    )

@@ -1,0 +1,289 @@
+"""A `vllm serve` of our own: started, watched and, whatever happens, stopped."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+MODEL_NAME = "demo"
+HOST = "127.0.0.1"
+
+_POLL_SECONDS = 0.5
+_STOP_GRACE_SECONDS = 15.0
+_GIB = 2**30
+# What the processes of a server need beside the KV cache; measured at 2.4 GiB for the demo model.
+_PROCESS_BYTES = 3 * _GIB
+
+_LOG_PREFIX = re.compile(r"^(\([^)]*\) *)?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] *)?")
+_ERROR_LINE = re.compile(r"^(?P<type>[\w.]*(Error|Exception))\b|^vllm(?: serve)?: error:")
+# What vLLM says last whenever an engine does not come up; the cause stands before it.
+_CONSEQUENCES = ("Engine core initialization failed", "WorkerProc initialization failed")
+_PLAN_MARK = "TailorKV plan: "
+
+
+class ServerError(RuntimeError):
+    """The server did not start, or failed. `log_lines` are the last errors of its log."""
+
+    def __init__(self, message: str, log_lines: Sequence[str], log: Path) -> None:
+        super().__init__(message)
+        self.log_lines = tuple(log_lines)
+        self.log = log
+
+
+class TailorKVPlan(BaseModel):
+    """What a server with the backend `tailorkv` says of itself in its log.
+
+    `*_bytes_per_token` count every layer and KV head; `num_tokens` is what the cache holds;
+    `budget_tokens` is what a sparse layer reads in full precision in a decode step.
+    """
+
+    dense_layers: list[int]
+    sparse_layers: list[int]
+    num_kv_heads: int
+    head_size: int
+    placement: str
+    host_bytes_per_token: float
+    derived_bytes_per_token: float
+    full_bytes_per_token: float
+    num_blocks: int
+    block_size: int
+    num_tokens: int
+    budget_tokens: int
+    bits: int
+    index: str
+    critical_channels: int
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How to start a server.
+
+    Args:
+        model: directory of the checkpoint.
+        log: file for everything the server prints; replaced if it exists.
+        max_model_len: longest sequence, prompt and completion, in tokens.
+        cache_gib: memory for the KV cache on a CPU.
+        backend: name of the attention backend; None leaves the choice to vLLM.
+        config: options of the backend, the value of "tailorkv" in vLLM's additional config.
+        port: TCP port on the loopback interface; 0 for any that is free.
+    """
+
+    model: Path
+    log: Path
+    max_model_len: int
+    cache_gib: int
+    backend: str | None = None
+    config: dict[str, object] | None = None
+    port: int = 0
+
+
+def cache_gib_for(num_tokens: int, bytes_per_token: float) -> int:
+    """Whole GiB of KV cache for `num_tokens`, with room for as many again.
+
+    Raises:
+        MemoryError: if this machine does not have it.
+    """
+    gib = max(1, -(-int(2 * num_tokens * bytes_per_token) // _GIB))
+    available = _available_bytes()
+    if gib * _GIB + _PROCESS_BYTES > available:
+        raise MemoryError(
+            f"{num_tokens} tokens need {gib} GiB of KV cache and {_PROCESS_BYTES // _GIB} GiB for "
+            f"vLLM; {available / _GIB:.1f} GiB are available"
+        )
+    return gib
+
+
+class VllmServer:
+    """A running `vllm serve`, to be used in a `with` statement.
+
+    The server leads a process group of its own, so that a Ctrl-C in the terminal reaches only
+    the demo, which then stops the server and all its children.
+    """
+
+    def __init__(self, options: ServerOptions) -> None:
+        self._options = options
+        self._port = options.port or _free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Root of the server's HTTP interface."""
+        return f"http://{HOST}:{self._port}"
+
+    @property
+    def log(self) -> Path:
+        """Where the server's output goes."""
+        return self._options.log
+
+    def __enter__(self) -> Self:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as output:
+            self._process = subprocess.Popen(
+                _command(self._options, self._port),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=_environment(self._options),
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the server and every process it has started; nothing if there is none."""
+        if self._process is not None:
+            _end(self._process)
+            self._process = None
+
+    def wait_until_healthy(self, on_wait: Callable[[str], None], timeout: float) -> None:
+        """Return when the server answers. `on_wait` gets the newest log line, twice a second.
+
+        Raises:
+            ServerError: the server ended, or took longer than `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            self.check_alive()
+            try:
+                if httpx.get(f"{self.url}/health", timeout=2.0).is_success:
+                    return
+            except httpx.TransportError:
+                pass
+            if time.monotonic() > deadline:
+                raise self.error(f"vLLM was not ready after {timeout:.0f} s")
+            on_wait(self.last_log_line())
+            time.sleep(_POLL_SECONDS)
+
+    def check_alive(self) -> None:
+        """Raises ServerError if the server has ended."""
+        if self._process is None:
+            raise RuntimeError("the server is not started; use it in a `with` statement")
+        status = self._process.poll()
+        if status is not None:
+            raise self.error(f"vLLM ended with exit status {status}")
+
+    def last_log_line(self) -> str:
+        """The newest line of the log that says something, without vLLM's prefix."""
+        return next(reversed(self._log_lines()), "")
+
+    def cached_tokens(self) -> int | None:
+        """Tokens in the KV cache, requests in progress only; None if the server does not say."""
+        try:
+            metrics = httpx.get(f"{self.url}/metrics", timeout=2.0).text
+        except httpx.TransportError:
+            return None
+        usage = re.search(r"^vllm:kv_cache_usage_perc\S* (\S+)$", metrics, re.MULTILINE)
+        info = re.search(r"^vllm:cache_config_info\{(.*)\}", metrics, re.MULTILINE)
+        sizes = dict(re.findall(r'(\w+)="(\d+)"', info[1])) if info else {}
+        if usage is None or not {"num_gpu_blocks", "block_size"} <= sizes.keys():
+            return None
+        return round(float(usage[1]) * int(sizes["num_gpu_blocks"]) * int(sizes["block_size"]))
+
+    def plan(self) -> TailorKVPlan | None:
+        """What the backend `tailorkv` said of its plan, or None if it said nothing readable."""
+        return read_plan(self._log_text())
+
+    def error(self, message: str) -> ServerError:
+        """An error to raise, with what the log says of its cause."""
+        errors = [
+            line
+            for line in self._log_lines()
+            if _ERROR_LINE.match(line) and not any(text in line for text in _CONSEQUENCES)
+        ]
+        causes = list(dict.fromkeys(errors)) or self._log_lines()
+        return ServerError(message, causes[-3:], self.log)
+
+    def _log_text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def _log_lines(self) -> list[str]:
+        lines = (_LOG_PREFIX.sub("", line).strip() for line in self._log_text().splitlines())
+        return [line for line in lines if line and not line.startswith("nanobind:")]
+
+
+def read_plan(log: str) -> TailorKVPlan | None:
+    """The newest plan line of a server's log, whatever prefixes it has."""
+    for line in reversed(log.splitlines()):
+        _, mark, text = line.partition(_PLAN_MARK)
+        if mark:
+            try:
+                return TailorKVPlan.model_validate(json.loads(text))
+            except (json.JSONDecodeError, ValidationError):
+                return None
+    return None
+
+
+def _command(options: ServerOptions, port: int) -> list[str]:
+    command = [
+        str(Path(sys.executable).parent / "vllm"),
+        *("serve", str(options.model)),
+        *("--served-model-name", MODEL_NAME),
+        *("--host", HOST, "--port", str(port)),
+        *("--dtype", "bfloat16"),
+        *("--max-model-len", str(options.max_model_len)),
+        "--enable-prefix-caching",
+    ]
+    if options.backend is not None:
+        command += ["--attention-backend", options.backend]
+    if options.config is not None:
+        command += ["--additional-config", json.dumps({"tailorkv": options.config})]
+    return command
+
+
+def _environment(options: ServerOptions) -> dict[str, str]:
+    return {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": str(options.cache_gib),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask the server to end, then make sure of it and of every process it has started."""
+    try:
+        process.terminate()
+        process.wait(_STOP_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        # Children can outlive a server that ended while it was starting; they are in its group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _available_bytes() -> int:
+    """Memory that new processes can have without swapping."""
+    text = Path("/proc/meminfo").read_text()
+    match = re.search(r"^MemAvailable: *(\d+) kB$", text, re.MULTILINE)
+    if match is None:
+        raise OSError("/proc/meminfo does not tell the available memory")
+    return int(match[1]) * 1024

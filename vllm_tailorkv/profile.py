@@ -1,0 +1,162 @@
+"""Which layers are dense and which are sparse: the layer plan of a model.
+
+A profile file is JSON with `schema_version`, `architecture`, `num_layers`, `num_kv_heads`,
+`head_size` (of the whole model, before tensor parallelism) and `dense_layers`.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_tailorkv.config import DensePlan
+from vllm_tailorkv.errors import TailorKVError
+
+SCHEMA_VERSION = 1
+FALLBACK_DENSE_LAYERS = (0, 1)
+NEIGHBOUR = "tailorkv.json"
+"""A profile of this name beside a model's weights is found by itself."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a profile must fit.
+
+    Args:
+        name: the model as the user named it: a hub name or a directory.
+        architecture: the first entry of `architectures` in the model's config.
+        num_layers: decoder layers, all pipeline stages.
+        num_kv_heads: KV heads of a layer, all tensor-parallel ranks.
+        head_size: channels of a head.
+    """
+
+    name: str
+    architecture: str
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+
+
+class Profile(BaseModel):
+    """The content of a profile file; what it does not list is kept for its reader."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    schema_version: int
+    architecture: str
+    num_layers: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_size: int = Field(gt=0)
+    dense_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The kind of every layer.
+
+    Args:
+        dense: indices of the dense layers, ascending.
+        num_layers: decoder layers in all.
+        source: where the plan comes from, for the log.
+        is_fallback: whether nothing was known about the model.
+    """
+
+    dense: tuple[int, ...]
+    num_layers: int
+    source: str
+    is_fallback: bool = False
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether decoder layer `layer` is dense."""
+        return layer in self.dense
+
+    @property
+    def sparse(self) -> tuple[int, ...]:
+        """Indices of the sparse layers, ascending."""
+        return tuple(i for i in range(self.num_layers) if i not in self.dense)
+
+
+def _plan(dense: tuple[int, ...], shape: ModelShape, source: str) -> LayerPlan:
+    wrong = sorted(i for i in dense if not 0 <= i < shape.num_layers)
+    if wrong:
+        raise TailorKVError(
+            f"profile ({source}): dense_layers names layers {wrong}, but {shape.name} has layers "
+            f"0 to {shape.num_layers - 1}; give the profile of this model"
+        )
+    return LayerPlan(tuple(sorted(set(dense))), shape.num_layers, source)
+
+
+def _misfit(profile: Profile, shape: ModelShape) -> str | None:
+    """Why a profile is not this model's, or None if it may be."""
+    for field in ("architecture", "num_layers", "num_kv_heads", "head_size"):
+        of_profile, of_model = getattr(profile, field), getattr(shape, field)
+        if of_profile != of_model:
+            return f"it is for {field} {of_profile}, the model has {of_model}"
+    return None
+
+
+def read_profile(path: Path, shape: ModelShape) -> LayerPlan:
+    """The plan of a profile file.
+
+    Raises:
+        TailorKVError: the file is missing or malformed, or was made for another model.
+    """
+    try:
+        profile = Profile.model_validate(json.loads(path.read_text()))
+    except OSError as error:
+        raise TailorKVError(f"profile={str(path)!r}: {error.strerror}; give a path that exists")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise TailorKVError(f"profile={str(path)!r} is no JSON: {error}")
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TailorKVError(
+            f"profile={str(path)!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        )
+    if profile.schema_version != SCHEMA_VERSION:
+        raise TailorKVError(
+            f"profile={str(path)!r} has schema_version {profile.schema_version}; this version of "
+            f"vllm-tailorkv reads {SCHEMA_VERSION}"
+        )
+    if why := _misfit(profile, shape):
+        raise TailorKVError(
+            f"profile={str(path)!r} does not fit {shape.name}: {why}; give the profile of this "
+            "model, or leave the option out"
+        )
+    return _plan(profile.dense_layers, shape, str(path))
+
+
+def _published() -> Iterator[dict[str, Any]]:
+    text = (files("vllm_tailorkv") / "data" / "profiles.json").read_text()
+    yield from json.loads(text)["profiles"]
+
+
+def layer_plan(profile: str | DensePlan | None, shape: ModelShape) -> LayerPlan:
+    """The plan of a model: as asked, else beside it, else as published, else layers 0 and 1.
+
+    Raises:
+        TailorKVError: the profile asked for or found does not fit the model.
+    """
+    if isinstance(profile, DensePlan):
+        return _plan(profile.dense_layers, shape, "dense_layers given")
+    if isinstance(profile, str):
+        return read_profile(Path(profile), shape)
+    neighbour = Path(shape.name) / NEIGHBOUR
+    if neighbour.is_file():
+        return read_profile(neighbour, shape)
+    name = Path(shape.name).name.lower()
+    for entry in _published():
+        known = ModelShape(
+            shape.name,
+            entry["architecture"],
+            entry["num_layers"],
+            entry["num_kv_heads"],
+            entry["head_size"],
+        )
+        if any(name.startswith(alias) for alias in entry["names"]) and known == shape:
+            return _plan(tuple(entry["dense_layers"]), shape, f"published for {entry['name']}")
+    dense = tuple(i for i in FALLBACK_DENSE_LAYERS if i < shape.num_layers)
+    return LayerPlan(dense, shape.num_layers, "fallback", is_fallback=True)
