@@ -7,8 +7,9 @@ from vllm_tailorkv.kernels import ops, reference
 from vllm_tailorkv.layout import DerivedKind, KeyLayout
 
 LENGTHS = [1, 70, 129, 1000, 400]
-# Of the largest magnitude in a row.
-TOLERANCE = {DerivedKind.ONEBIT: 1e-2, DerivedKind.CHANNELS: 1e-5}
+# Of the largest magnitude of all rows. One instruction set looks up sums of the onebit index in
+# tables of bytes (csrc/cpu/byte_lut.h).
+TOLERANCE = {DerivedKind.ONEBIT: 1.5e-2, DerivedKind.CHANNELS: 1e-5}
 
 CASES = [
     # dtype, layout, heads, Q, head_size, block_size, group_size
@@ -74,10 +75,10 @@ def test_equals_reference(
     arguments = (context, query, tail_start, sink_tokens, size)
     expected = run(reference.score_tokens, *arguments)
     actual = run(cpu.score_tokens, *arguments)
+    limit = TOLERANCE[kind] * expected.nan_to_num().abs().amax()
     for row, end in enumerate(tail_start.tolist()):
         middle = slice(sink_tokens, max(sink_tokens, end))
         error = (actual[row, :, middle] - expected[row, :, middle]).abs()
-        limit = TOLERANCE[kind] * expected[row, :, middle].abs().amax() if end > sink_tokens else 0
         assert (error <= limit).all()
 
 

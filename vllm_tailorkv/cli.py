@@ -1,0 +1,80 @@
+"""The command `vllm-tailorkv`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import vllm_tailorkv
+from vllm_tailorkv.config import TailorKVConfig
+
+EXAMPLES = """\
+examples:
+  vllm-tailorkv doctor
+      what is installed, what will run and why, what is missing
+  vllm-tailorkv options
+      every option with its default and its environment variable
+  vllm-tailorkv demo --tokens 32768
+      hide needles in a long real text and ask for them through a server
+
+serving is vLLM's own command:
+  vllm serve MODEL --attention-backend tailorkv
+  vllm serve MODEL --attention-backend tailorkv \\
+      --additional-config '{"tailorkv": {"index": "onebit", "topk_tokens": 256}}'
+"""
+
+
+def _print_options() -> int:
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    from vllm_tailorkv import envs  # noqa: PLC0415
+
+    table = Table(title='Options of --additional-config \'{"tailorkv": {...}}\'')
+    for header in ("option", "default", "meaning"):
+        table.add_column(header, overflow="fold")
+    for name, field in TailorKVConfig.model_fields.items():
+        table.add_row(name, str(field.default), field.description)
+    console = Console()
+    console.print(table)
+    console.print(f"Each can be overridden by {envs.PREFIX}<OPTION>. Other variables:")
+    for variable, meaning in envs.VARIABLES.items():
+        console.print(f"  [bold]{variable}[/]: {meaning}", highlight=False)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: the command line without the program's name; default: `sys.argv`.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(
+        prog="vllm-tailorkv",
+        description="TailorKV for vLLM: long contexts in a fraction of the decode bandwidth.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=vllm_tailorkv.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("doctor", help="say what is installed, what will run and what is missing")
+    commands.add_parser("options", help="list every option with its default and meaning")
+    commands.add_parser("demo", help="run the demo (see demo --help)", add_help=False)
+    parsed, rest = parser.parse_known_args(arguments)
+    if parsed.command == "demo":
+        from vllm_tailorkv.demo import __main__ as demo  # noqa: PLC0415
+
+        return demo.main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if parsed.command == "options":
+        return _print_options()
+    from vllm_tailorkv import doctor  # noqa: PLC0415
+
+    return doctor.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
