@@ -25,6 +25,7 @@ SOURCES = (
     "binding.cpp",
     "isa.cpp",
     "support.cpp",
+    "kernels_avx512_gfni.cpp",
     "kernels_avx512.cpp",
     "kernels_avx2.cpp",
     "kernels_portable.cpp",

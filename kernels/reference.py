@@ -60,7 +60,8 @@ def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, to
     levels = 2**bits - 1
     low, high = x.amin(-1), x.amax(-1)
     scale = ((high - low) / levels).clamp(max=FLOAT16_MAX).to(torch.float16)
-    zero = low.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
+    # Adding 0 turns -0 into 0: which of the two a minimum is, depends on the order.
+    zero = (low.clamp(-FLOAT16_MAX, FLOAT16_MAX) + 0.0).to(torch.float16)
     divisor = scale.float().unsqueeze(-1)
     codes = ((x - zero.float().unsqueeze(-1)) / divisor).round().clamp(0, levels)
     codes = torch.where(divisor == 0, torch.zeros_like(codes), codes)

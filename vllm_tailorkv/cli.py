@@ -29,7 +29,7 @@ def _print_options() -> int:
 
     from vllm_tailorkv import envs  # noqa: PLC0415
 
-    table = Table(title='Options of --additional-config \'{"tailorkv": {...}}\'')
+    table = Table(title="Options of --additional-config '{\"tailorkv\": {...}}'")
     for header in ("option", "default", "meaning"):
         table.add_column(header, overflow="fold")
     for name, field in TailorKVConfig.model_fields.items():

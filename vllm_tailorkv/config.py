@@ -13,8 +13,6 @@ from vllm_tailorkv import envs
 from vllm_tailorkv.errors import TailorKVError
 
 
-
-
 class DensePlan(BaseModel):
     """A layer profile given inline: the indices of the dense layers."""
 

@@ -1,5 +1,5 @@
-// What both decode attentions share: softmax over stretches of a context that are merged at the
-// end (as in flash decoding), and attention over exact rows of the host pages.
+// What both decode attentions share: softmax over stretches of a context that are merged at the end
+// (as in flash decoding), and attention over exact rows of the host pages.
 #pragma once
 
 namespace tailorkv::TAILORKV_ISA {
@@ -88,8 +88,8 @@ void score_row(const T* key, int64_t head_size, const float* query, float* score
 }
 
 // q.k of N heads with n <= W consecutive tokens of a channel-major block.
-//   key: [channels, n], rows channel_stride apart; the channels are `channels[i]`, or all if null
-//   query: [N, pitch], one value for each channel used
+//   key: [channels, n], rows channel_stride apart; the channels are
+//   `channels[i]`, or all if null query: [N, pitch], one value for each channel used
 template <int N, class T>
 void score_columns(const T* key, int64_t channel_stride, const int32_t* channels, int64_t count,
                    const float* query, int64_t pitch, int n, F* totals) {

@@ -1,5 +1,5 @@
-// The torch library `vllm_tailorkv`: checks what the kernels rely on for memory safety, then
-// passes pointers and strides. Contracts are checked in `kernels/checks.py`.
+// The torch library `vllm_tailorkv`: checks what the kernels rely on for memory safety, then passes
+// pointers and strides. Contracts are checked in `kernels/checks.py`.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -42,9 +42,7 @@ void require_contiguous(const Tensor& tensor, const char* name, int64_t dim, Sca
   REQUIRE(tensor.is_contiguous(), name, "contiguous");
 }
 
-int32_t size(const Tensor& tensor, int64_t axis) {
-  return static_cast<int32_t>(tensor.size(axis));
-}
+int32_t size(const Tensor& tensor, int64_t axis) { return static_cast<int32_t>(tensor.size(axis)); }
 
 tailorkv::Cache cache(const Tensor& tensor, const char* name, ScalarType dtype) {
   require(tensor, name, 4, dtype);
@@ -236,12 +234,11 @@ void score_channels(const Tensor& scores, const Tensor& query, const Tensor& abs
   const auto shape = shape_of(key_cache);
   REQUIRE(query.dim() == 4 && query.size(1) == shape.kv_heads && query.size(3) == shape.head_size,
           "query", "[R, Hk, Q, d]");
-  kernels().score_channels({score_of(scores, query, shape, grouping_of(shape, absmax.size(2), 0),
-                                     block_table, tail_start, sink_tokens),
-                            float_dtype(key_cache, "key_cache"),
-                            records<void>(absmax, "absmax", 4, dtype),
-                            cache(key_cache, "key_cache", dtype),
-                            static_cast<int32_t>(critical_channels)});
+  kernels().score_channels(
+      {score_of(scores, query, shape, grouping_of(shape, absmax.size(2), 0), block_table,
+                tail_start, sink_tokens),
+       float_dtype(key_cache, "key_cache"), records<void>(absmax, "absmax", 4, dtype),
+       cache(key_cache, "key_cache", dtype), static_cast<int32_t>(critical_channels)});
 }
 
 void select_topk(const Tensor& indices, const Tensor& scores, const Tensor& tail_start,
@@ -274,10 +271,9 @@ void dense_preference(const Tensor& result, const Tensor& query, const Tensor& k
   require_contiguous(query, "query", 3, dtype);
   require_contiguous(key, "key", 3, dtype);
   require_contiguous(result, "result", 1, ScalarType::Float);
-  kernels().dense_preference({float_dtype(key, "key"), size(query, 0), size(query, 1),
-                              size(key, 1), size(key, 2), key.size(0), query.data_ptr(),
-                              key.data_ptr(), kept, static_cast<float>(scale),
-                              static_cast<float*>(result.data_ptr())});
+  kernels().dense_preference({float_dtype(key, "key"), size(query, 0), size(query, 1), size(key, 1),
+                              size(key, 2), key.size(0), query.data_ptr(), key.data_ptr(), kept,
+                              static_cast<float>(scale), static_cast<float*>(result.data_ptr())});
 }
 
 std::string isa() { return kernels().name; }
@@ -288,36 +284,53 @@ void set_isa(std::string name) { tailorkv::set_kernels(name.c_str()); }
 
 STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
   m.def(
-      "write_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+      "write_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) "
+      "value_cache, "
       "Tensor slot_mapping) -> ()");
   m.def(
-      "quantize_dense(Tensor groups, Tensor key_cache, Tensor value_cache, Tensor(a!) key_codes, "
-      "Tensor(b!) key_scale, Tensor(c!) key_zero, Tensor(d!) value_codes, Tensor(e!) value_scale, "
+      "quantize_dense(Tensor groups, Tensor key_cache, Tensor value_cache, "
+      "Tensor(a!) key_codes, "
+      "Tensor(b!) key_scale, Tensor(c!) key_zero, Tensor(d!) value_codes, "
+      "Tensor(e!) value_scale, "
       "Tensor(f!) value_zero) -> ()");
   m.def(
       "quantize_onebit(Tensor groups, Tensor key_cache, Tensor(a!) key_codes, "
       "Tensor(b!) key_scale, Tensor(c!) key_zero) -> ()");
-  m.def("reduce_channels(Tensor groups, Tensor key_cache, Tensor(a!) absmax) -> ()");
   m.def(
-      "quantized_decode_attention(Tensor(a!) output, Tensor query, Tensor key_cache, "
-      "Tensor value_cache, Tensor key_codes, Tensor key_scale, Tensor key_zero, "
-      "Tensor value_codes, Tensor value_scale, Tensor value_zero, Tensor block_table, "
-      "Tensor seq_lens, Tensor num_quantized, float scale, float softcap) -> ()");
-  m.def(
-      "score_onebit(Tensor(a!) scores, Tensor query, Tensor key_codes, Tensor key_scale, "
-      "Tensor key_zero, Tensor block_table, Tensor tail_start, int sink_tokens, int block_size) "
+      "reduce_channels(Tensor groups, Tensor key_cache, Tensor(a!) absmax) "
       "-> ()");
   m.def(
-      "score_channels(Tensor(a!) scores, Tensor query, Tensor absmax, Tensor key_cache, "
-      "Tensor block_table, Tensor tail_start, int sink_tokens, int critical_channels) -> ()");
+      "quantized_decode_attention(Tensor(a!) output, Tensor query, Tensor "
+      "key_cache, "
+      "Tensor value_cache, Tensor key_codes, Tensor key_scale, Tensor "
+      "key_zero, "
+      "Tensor value_codes, Tensor value_scale, Tensor value_zero, Tensor "
+      "block_table, "
+      "Tensor seq_lens, Tensor num_quantized, float scale, float softcap) -> "
+      "()");
   m.def(
-      "select_topk(Tensor(a!) indices, Tensor scores, Tensor tail_start, int sink_tokens) -> ()");
+      "score_onebit(Tensor(a!) scores, Tensor query, Tensor key_codes, "
+      "Tensor key_scale, "
+      "Tensor key_zero, Tensor block_table, Tensor tail_start, int "
+      "sink_tokens, int block_size) "
+      "-> ()");
   m.def(
-      "sparse_decode_attention(Tensor(a!) output, Tensor query, Tensor key_cache, "
-      "Tensor value_cache, Tensor indices, Tensor block_table, Tensor seq_lens, "
+      "score_channels(Tensor(a!) scores, Tensor query, Tensor absmax, Tensor "
+      "key_cache, "
+      "Tensor block_table, Tensor tail_start, int sink_tokens, int "
+      "critical_channels) -> ()");
+  m.def(
+      "select_topk(Tensor(a!) indices, Tensor scores, Tensor tail_start, int "
+      "sink_tokens) -> ()");
+  m.def(
+      "sparse_decode_attention(Tensor(a!) output, Tensor query, Tensor "
+      "key_cache, "
+      "Tensor value_cache, Tensor indices, Tensor block_table, Tensor "
+      "seq_lens, "
       "Tensor tail_start, int sink_tokens, float scale, float softcap) -> ()");
   m.def(
-      "dense_preference(Tensor(a!) result, Tensor query, Tensor key, int kept, float scale) -> ()");
+      "dense_preference(Tensor(a!) result, Tensor query, Tensor key, int "
+      "kept, float scale) -> ()");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
 }
@@ -342,7 +355,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_tailorkv, CompositeExplicitAutograd, m) {
 
 // Importing the module registers the library; it holds nothing else.
 PyMODINIT_FUNC PyInit__cpu() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr,
-                               nullptr,               nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -4,12 +4,39 @@
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 
+// Scratch of one thread for products with codes; `most` is the larger of d and g, padded.
+//   scaled: [4, most]; tables: [4, most/4, 16]; bytes: [most/8, 64]
+struct ProductScratch {
+  float* scaled;
+  float* tables;
+  uint8_t* bytes;
+};
+
+inline ProductScratch take_product_scratch(int64_t head_size, int64_t group_size) {
+  const int64_t most = larger(padded(head_size), group_size);
+  return ProductScratch{take<float>(4 * most), take<float>(16 * most), take<uint8_t>(8 * most)};
+}
+
 // Scales and zeros of the K of one group as floats.
 //   scale, zero: [padded(d)]
 inline void read_key_scales(const Codes& key, int64_t block, int64_t head, int64_t group,
                             int64_t head_size, float* scale, float* zero) {
   copy_row(scale, reinterpret_cast<const Half*>(at(key.scale, block, head, group)), head_size);
   copy_row(zero, reinterpret_cast<const Half*>(at(key.zero, block, head, group)), head_size);
+}
+
+// Ask for the cache lines of the K of one group: the processor does not look ahead from one page to
+// the next.
+inline void prefetch_record(const Codes& key, int64_t block, int64_t head, int64_t group,
+                            int64_t head_size) {
+  const uint8_t* codes = at(key.codes, block, head, group);
+  const uint16_t* scale = at(key.scale, block, head, group);
+  const uint16_t* zero = at(key.zero, block, head, group);
+  for (int64_t i = 0; i < head_size * key.codes.item; i += 64) __builtin_prefetch(codes + i);
+  for (int64_t i = 0; i < head_size; i += 32) {
+    __builtin_prefetch(scale + i);
+    __builtin_prefetch(zero + i);
+  }
 }
 
 // Tokens t .. t + U*W - 1 of score_codes.
@@ -36,12 +63,13 @@ void score_codes_part(const uint8_t* codes, int64_t pitch, int64_t head_size, in
 
 // q.k of N heads with one group: score[t] = sum over c of q*scale[c] * code[c, t] + sum of q*zero.
 //   codes: [d, g*B/8], rows pitch apart; scale, zero: [padded(d)]
-//   query, scaled (scratch): [N, padded(d)]; scores: [N, g], rows score_stride apart
+//   query: [N, padded(d)]; scores: [N, g], rows score_stride apart
 template <int B, int N>
 void score_codes(const uint8_t* codes, int64_t pitch, int64_t head_size, int64_t group_size,
-                 const float* scale, const float* zero, const float* query, float* scaled,
-                 float* scores, int64_t score_stride) {
+                 const float* scale, const float* zero, const float* query,
+                 const ProductScratch& scratch, float* scores, int64_t score_stride) {
   float offset[N];
+  float* scaled = scratch.scaled;
   for (int h = 0; h < N; ++h) {
     const float* q = query + h * padded(head_size);
     F total = splat(0);
@@ -52,6 +80,16 @@ void score_codes(const uint8_t* codes, int64_t pitch, int64_t head_size, int64_t
     }
     offset[h] = sum(total);
   }
+#if TAILORKV_TABLES
+  if (B == 1 && head_size % 16 == 0 && group_size % kPlaces == 0) {
+    for (int h = 0; h < N; ++h) {
+      for (int64_t i = 0; i < group_size; i += W) store(scores + h * score_stride + i, splat(0));
+    }
+    add_by_table<N>(codes, pitch, head_size, group_size, scaled, padded(head_size), offset,
+                    scratch.tables, scratch.bytes, scores, score_stride);
+    return;
+  }
+#endif
   // As many accumulators as there are registers for.
   constexpr int U = W == 16 ? 4 : 2;
   int64_t t = 0;
@@ -95,12 +133,13 @@ void add_codes_part(const uint8_t* codes, int64_t pitch, int64_t group_size, int
 // Add the weighted V of one group of tokens and channels [begin, end) to the values of N heads:
 // value[c] += sum over t of w*scale[t] * code[t, c] + sum of w*zero.
 //   codes: [g, ceil(d*B/8)], rows pitch apart; scale, zero: [g]
-//   weights: [N, weight_stride]; scaled (scratch): [N, g]; values: [N, value_stride]
+//   weights: [N, weight_stride]; values: [N, value_stride]
 template <int B, int N>
 void add_codes(const uint8_t* codes, int64_t pitch, int64_t group_size, int64_t begin, int64_t end,
                const float* scale, const float* zero, const float* weights, int64_t weight_stride,
-               float* scaled, float* values, int64_t value_stride) {
+               const ProductScratch& scratch, float* values, int64_t value_stride) {
   float offset[N];
+  float* scaled = scratch.scaled;
   for (int h = 0; h < N; ++h) {
     F total = splat(0);
     for (int64_t t = 0; t < group_size; t += W) {
@@ -113,6 +152,14 @@ void add_codes(const uint8_t* codes, int64_t pitch, int64_t group_size, int64_t 
   // Enough independent sums to hide the latency of an addition.
   constexpr int U = N == 1 ? 4 : 2;
   int64_t c = begin;
+#if TAILORKV_TABLES
+  if constexpr (B == 1) {
+    const int64_t whole = (end - begin) / kPlaces * kPlaces;
+    add_by_table<N>(codes + c / 8, pitch, group_size, whole, scaled, group_size, offset,
+                    scratch.tables, scratch.bytes, values + c, value_stride);
+    c += whole;
+  }
+#endif
   for (; c + U * W <= end; c += U * W) {
     add_codes_part<B, N, U, false>(codes, pitch, group_size, c, scaled, offset, 0, values,
                                    value_stride);

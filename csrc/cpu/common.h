@@ -142,8 +142,8 @@ struct Tasks {
   int64_t count;
 };
 
-// Cut `units(row)` units of every row and KV head into stretches: about four for each thread
-// in all, none shorter than `smallest` units and none longer than `largest`.
+// Cut `units(row)` units of every row and KV head into stretches: about four for each thread in
+// all, none shorter than `smallest` units and none longer than `largest`.
 template <class Units>
 Tasks cut(int32_t rows, int32_t kv_heads, int64_t smallest_cut, int64_t largest_cut, Units units) {
   int64_t total = 0;
@@ -158,7 +158,8 @@ Tasks cut(int32_t rows, int32_t kv_heads, int64_t smallest_cut, int64_t largest_
     int64_t parts = ceil_div(units(row), length);
     for (int32_t head = 0; head < kv_heads; ++head) {
       for (int64_t part = 0; part < parts; ++part) {
-        tasks[count++] = Task{row, head, units(row) * part / parts, units(row) * (part + 1) / parts};
+        tasks[count++] =
+            Task{row, head, units(row) * part / parts, units(row) * (part + 1) / parts};
       }
     }
   }

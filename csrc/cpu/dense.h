@@ -5,10 +5,11 @@ namespace tailorkv::TAILORKV_ISA {
 namespace {
 
 // Scratch of one thread for groups of codes.
-//   key_scale, key_zero: [padded(d)]; scaled: [4, max(padded(d), g)]; scores: [G, g]
-//   value_scale, value_zero: [Vg, g]
+//   key_scale, key_zero: [padded(d)]; scores: [G, g]; value_scale, value_zero: [Vg, g] apart: [g]
 struct CodeScratch {
-  float *key_scale, *key_zero, *scaled, *scores, *value_scale, *value_zero;
+  float *key_scale, *key_zero, *scores, *value_scale, *value_zero;
+  Half* apart;
+  ProductScratch product;
 };
 
 inline CodeScratch take_code_scratch(const QuantizedDecode& op) {
@@ -17,18 +18,39 @@ inline CodeScratch take_code_scratch(const QuantizedDecode& op) {
   const int64_t value_groups = ceil_div(op.decode.shape.head_size, g);
   return CodeScratch{take<float>(d),
                      take<float>(d),
-                     take<float>(4 * larger(d, g)),
                      take<float>(group_heads * g),
                      take<float>(value_groups * g),
-                     take<float>(value_groups * g)};
+                     take<float>(value_groups * g),
+                     take<Half>(g),
+                     take_product_scratch(d, g)};
 }
 
 // Scales or zeros of V, a token's beside each other, as one row for each group of channels.
-//   from: [g, Vg], rows item apart; to: [Vg, g]
+//   from: [g, Vg], rows item apart; apart (scratch): [g]; to: [Vg, g]
 inline void read_value_scales(const uint16_t* from, int64_t item, int64_t g, int64_t value_groups,
-                              float* to) {
+                              Half* apart, float* to) {
   for (int64_t i = 0; i < value_groups; ++i) {
-    for (int64_t t = 0; t < g; ++t) to[i * g + t] = to_float(Half{from[t * item + i]});
+    // A step known to the compiler becomes shuffles instead of single loads.
+    if (item == 2) {
+      for (int64_t t = 0; t < g; ++t) apart[t].bits = from[2 * t + i];
+    } else {
+      for (int64_t t = 0; t < g; ++t) apart[t].bits = from[t * item + i];
+    }
+    for (int64_t t = 0; t < g; t += W) store(to + i * g + t, load(apart + t));
+  }
+}
+
+inline void prefetch_codes(const QuantizedDecode& op, const HeadView& view, int64_t unit) {
+  const int64_t block = view.table[unit / op.grouping.groups_per_block];
+  const int64_t group = unit % op.grouping.groups_per_block, g = op.grouping.group_size;
+  prefetch_record(op.key, block, view.head, group, op.decode.shape.head_size);
+  const uint8_t* codes = at(op.value.codes, block, view.head, group);
+  for (int64_t i = 0; i < g * op.value.codes.item; i += 64) __builtin_prefetch(codes + i);
+  const uint16_t* scale = at(op.value.scale, block, view.head, group);
+  const uint16_t* zero = at(op.value.zero, block, view.head, group);
+  for (int64_t i = 0; i < g * op.value.scale.item; i += 32) {
+    __builtin_prefetch(scale + i);
+    __builtin_prefetch(zero + i);
   }
 }
 
@@ -43,9 +65,9 @@ void attend_codes(const QuantizedDecode& op, const HeadView& view, const CodeScr
   read_key_scales(op.key, block, head, group, d, scratch.key_scale, scratch.key_zero);
   const uint8_t* key_codes = at(op.key.codes, block, head, group);
   for_heads(view.group_heads, [&](int h, auto heads) {
-    score_codes<B, decltype(heads)::value>(
-        key_codes, op.key.codes.item, d, g, scratch.key_scale, scratch.key_zero,
-        view.query + h * pitch, scratch.scaled, scratch.scores + h * g, g);
+    score_codes<B, decltype(heads)::value>(key_codes, op.key.codes.item, d, g, scratch.key_scale,
+                                           scratch.key_zero, view.query + h * pitch,
+                                           scratch.product, scratch.scores + h * g, g);
   });
   for (int h = 0; h < view.group_heads; ++h) {
     softmax_step(scratch.scores + h * g, g, decode.scale, decode.softcap, partial.highest + h,
@@ -53,16 +75,16 @@ void attend_codes(const QuantizedDecode& op, const HeadView& view, const CodeScr
   }
   const int64_t value_groups = ceil_div(d, g);
   read_value_scales(at(op.value.scale, block, head, group), op.value.scale.item, g, value_groups,
-                    scratch.value_scale);
+                    scratch.apart, scratch.value_scale);
   read_value_scales(at(op.value.zero, block, head, group), op.value.zero.item, g, value_groups,
-                    scratch.value_zero);
+                    scratch.apart, scratch.value_zero);
   const uint8_t* value_codes = at(op.value.codes, block, head, group);
   for (int64_t i = 0; i < value_groups; ++i) {
     for_heads(view.group_heads, [&](int h, auto heads) {
-      add_codes<B, decltype(heads)::value>(
-          value_codes, op.value.codes.item, g, i * g, smaller((i + 1) * g, d),
-          scratch.value_scale + i * g, scratch.value_zero + i * g, scratch.scores + h * g, g,
-          scratch.scaled, partial.values + h * pitch, pitch);
+      add_codes<B, decltype(heads)::value>(value_codes, op.value.codes.item, g, i * g,
+                                           smaller((i + 1) * g, d), scratch.value_scale + i * g,
+                                           scratch.value_zero + i * g, scratch.scores + h * g, g,
+                                           scratch.product, partial.values + h * pitch, pitch);
     });
   }
 }
@@ -93,6 +115,9 @@ void quantized_decode(const QuantizedDecode& op) {
     clear(partial, group_heads, d);
     const int64_t coded = op.num_quantized[task.row];
     for (int64_t unit = task.begin; unit < smaller(task.end, coded / g); ++unit) {
+      if (unit + 1 < smaller(task.end, coded / g)) {
+        prefetch_codes(op, view, unit + 1);
+      }
       attend_codes<B>(op, view, code_scratch[omp_get_thread_num()], unit, partial);
     }
     const int64_t end = smaller(task.end * g, decode.seq_lens[task.row]);
@@ -108,9 +133,8 @@ void quantized_decode(const QuantizedDecode& op) {
 void quantized_decode_attention(const QuantizedDecode& op) {
   scratch_reset();
   visit(op.decode.dtype, [&](auto element) {
-    visit_bits(op.grouping.bits, [&](auto bits) {
-      quantized_decode<decltype(element), decltype(bits)::value>(op);
-    });
+    visit_bits(op.grouping.bits,
+               [&](auto bits) { quantized_decode<decltype(element), decltype(bits)::value>(op); });
   });
 }
 

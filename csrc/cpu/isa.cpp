@@ -11,6 +11,7 @@ namespace tailorkv {
 
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
+extern const Kernels kernels_avx512_gfni;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx2;
 #endif
@@ -28,6 +29,11 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+bool has_avx512_gfni() {
+  return has_avx512() && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
+}
+
 bool has_avx2() {
   // Every processor with AVX2 and FMA has F16C, which gcc 12 cannot ask for by name.
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -37,6 +43,7 @@ bool has_avx2() {
 // Best first.
 const Candidate kCandidates[] = {
 #if defined(__x86_64__)
+    {&kernels_avx512_gfni, has_avx512_gfni},
     {&kernels_avx512, has_avx512},
     {&kernels_avx2, has_avx2},
 #endif

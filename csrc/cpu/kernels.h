@@ -1,5 +1,5 @@
-// The CPU ops without torch: arguments as pointers and strides, one table of entry points for
-// each instruction set. The contracts are those of `kernels/ops.py`; symbols are those of
+// The CPU ops without torch: arguments as pointers and strides, one table of entry points for each
+// instruction set. The contracts are those of `kernels/ops.py`; symbols are those of
 // `kernels/types.py`. Strides are in elements.
 #pragma once
 
@@ -9,23 +9,23 @@ namespace tailorkv {
 
 enum class Dtype : int32_t { kFloat32, kFloat16, kBfloat16 };
 
-// Logical [NB, Hk, bs, d]: element (b, h, t, c) lies at
-// `data + b*block + h*head + t*token + c*channel`.
+// Logical [NB, Hk, bs, d]: element (b, h, t, c) lies at `data + b*block + h*head + t*token +
+// c*channel`.
 struct Cache {
   void* data;
   int64_t block, head, token, channel;
 };
 
-// One array of group records, logical [NB, Hk, G, n, m], its last axis contiguous: element
-// (b, h, i, j, l) lies at `data + b*block + h*head + i*group + j*item + l`.
+// One array of group records, logical [NB, Hk, G, n, m], its last axis contiguous: element (b, h,
+// i, j, l) lies at `data + b*block + h*head + i*group + j*item + l`.
 template <class T>
 struct Records {
   T* data;
   int64_t block, head, group, item;
 };
 
-// Codes of K ([.., d, g*b/8], scales [.., d]: item is 1) or of V ([.., g, ceil(d*b/8)], scales
-// [.., g, Vg]); scales and zeros are float16 bits.
+// Codes of K ([.., d, g*b/8], scales [.., d]: item is 1) or of V ([.., g, ceil(d*b/8)], scales [..,
+// g, Vg]); scales and zeros are float16 bits.
 struct Codes {
   Records<uint8_t> codes;
   Records<uint16_t> scale, zero;

@@ -1,6 +1,6 @@
 #if defined(__x86_64__)
-#include <omp.h>
 #include <immintrin.h>
+#include <omp.h>
 
 #include "kernels.h"
 #include "support.h"
@@ -9,6 +9,7 @@
 #pragma GCC target("avx2,fma,f16c")
 
 #define TAILORKV_ISA avx2
+#define TAILORKV_TABLES 0
 #include "element.h"
 #include "vec_avx2.h"
 //

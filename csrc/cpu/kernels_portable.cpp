@@ -5,6 +5,7 @@
 #include "support.h"
 
 #define TAILORKV_ISA portable
+#define TAILORKV_TABLES 0
 #include "element.h"
 #include "vec_portable.h"
 //

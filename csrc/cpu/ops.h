@@ -18,10 +18,9 @@
 #define TAILORKV_STRING(x) TAILORKV_STRING_OF(x)
 
 // The table of this instruction set.
-#define TAILORKV_KERNELS                                                                  \
-  {                                                                                       \
-    TAILORKV_STRING(TAILORKV_ISA), TAILORKV_ISA::write_kv, TAILORKV_ISA::quantize_groups, \
-        TAILORKV_ISA::quantized_decode_attention, TAILORKV_ISA::score_onebit,             \
-        TAILORKV_ISA::score_channels, TAILORKV_ISA::select_topk,                          \
-        TAILORKV_ISA::sparse_decode_attention, TAILORKV_ISA::dense_preference             \
-  }
+#define TAILORKV_KERNELS                                                    \
+  {TAILORKV_STRING(TAILORKV_ISA), TAILORKV_ISA::write_kv,                   \
+   TAILORKV_ISA::quantize_groups, TAILORKV_ISA::quantized_decode_attention, \
+   TAILORKV_ISA::score_onebit,    TAILORKV_ISA::score_channels,             \
+   TAILORKV_ISA::select_topk,     TAILORKV_ISA::sparse_decode_attention,    \
+   TAILORKV_ISA::dense_preference}

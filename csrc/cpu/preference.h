@@ -36,8 +36,7 @@ void preference(const DensePreference& op) {
                      queries + h * pitch, scores + t, stride);
       }
       for (int j = 0; j < N; ++j) {
-        shares[first_head + h + j] =
-            best_share(scores + j * stride, visible, op.kept, op.scale);
+        shares[first_head + h + j] = best_share(scores + j * stride, visible, op.kept, op.scale);
       }
     });
   });

@@ -1,5 +1,5 @@
-// quantize_groups. Codes, scales and zeros are those of the reference to the bit: IEEE
-// division, ties to even, and no contraction of a multiplication and an addition.
+// quantize_groups. Codes, scales and zeros are those of the reference to the bit: IEEE division,
+// ties to even, and no contraction of a multiplication and an addition.
 #pragma once
 
 namespace tailorkv::TAILORKV_ISA {
@@ -22,8 +22,8 @@ uint64_t pack(uint64_t codes) {
 }
 
 // Quantize one group.
-//   x: [padded(n)], what lies beyond n repeats a value before it; n is a multiple of 8
-//   codes: [n*B/8]; scale, zero: one float16 each
+//   x: [padded(n)], what lies beyond n repeats a value before it; n is a
+//   multiple of 8 codes: [n*B/8]; scale, zero: one float16 each
 template <int B>
 void quantize_run(const float* x, int64_t n, uint8_t* codes, uint16_t* scale, uint16_t* zero) {
   constexpr float kLevels = (1 << B) - 1;
@@ -89,8 +89,7 @@ void quantize_keys(const QuantizeGroups& op, const float* tile, int64_t block, i
 
 //   row: scratch [padded(d)]
 template <class T, int B>
-void quantize_values(const QuantizeGroups& op, float* row, int64_t block, int head,
-                     int64_t group) {
+void quantize_values(const QuantizeGroups& op, float* row, int64_t block, int head, int64_t group) {
   const int64_t g = op.grouping.group_size, d = op.shape.head_size;
   uint8_t* codes = at(op.value.codes, block, head, group);
   uint16_t* scale = at(op.value.scale, block, head, group);

@@ -21,20 +21,52 @@ inline float* take_score_queries(const ScoreTokens& op) {
   return queries;
 }
 
+// Scratch of one thread for groups of the onebit index.
+//   scale, zero: [padded(d)]; scores: [4, g]; best: [g]
+struct ScoreScratch {
+  float *scale, *zero, *scores, *best;
+  ProductScratch product;
+};
+
+inline ScoreScratch take_score_scratch(int64_t d, int64_t g) {
+  return ScoreScratch{take<float>(padded(d)), take<float>(padded(d)), take<float>(4 * g),
+                      take<float>(g), take_product_scratch(d, g)};
+}
+
 // Scores of a group for all queries, the largest of each token.
-//   query: [Q, padded(d)]; scale, zero: [padded(d)]; scaled: [4, padded(d)]; scores: [4, g]
-//   best: [g]
+//   codes: [d, g/8], rows pitch apart; query: [Q, padded(d)]; best: [g]
 inline void score_group(const uint8_t* codes, int64_t pitch, int64_t d, int64_t g, int32_t queries,
-                        const float* scale, const float* zero, const float* query, float* scaled,
-                        float* scores, float* best) {
+                        const float* query, const ScoreScratch& scratch, float* best) {
+  auto keep_best = [&](const float* scores, int64_t begin, int64_t count, bool first_query) {
+    for (int64_t t = 0; t < count; t += W) {
+      F x = load(scores + t);
+      store(best + begin + t, first_query ? x : max(x, load(best + begin + t)));
+    }
+  };
+#if TAILORKV_TABLES
+  if (g % kPlaces == 0) {
+    for (int64_t t = 0; t < g; t += kPlaces) {
+      transpose_all(codes + t / 8, pitch, d, scratch.product.bytes);
+      for (int32_t q = 0; q < queries; ++q) {
+        F offset = splat(0);
+        for (int64_t c = 0; c < padded(d); c += W) {
+          F x = load(query + q * padded(d) + c);
+          store(scratch.product.scaled + c, x * load(scratch.scale + c));
+          offset = fma(x, load(scratch.zero + c), offset);
+        }
+        score_by_bytes(scratch.product.bytes, d, scratch.product.scaled, sum(offset),
+                       scratch.scores);
+        keep_best(scratch.scores, t, kPlaces, q == 0);
+      }
+    }
+    return;
+  }
+#endif
   for_heads(queries, [&](int q, auto heads) {
     constexpr int N = decltype(heads)::value;
-    score_codes<1, N>(codes, pitch, d, g, scale, zero, query + q * padded(d), scaled, scores, g);
-    for (int64_t t = 0; t < g; t += W) {
-      F most = load(scores + t);
-      for (int j = 1; j < N; ++j) most = max(most, load(scores + j * g + t));
-      store(best + t, q == 0 ? most : max(most, load(best + t)));
-    }
+    score_codes<1, N>(codes, pitch, d, g, scratch.scale, scratch.zero, query + q * padded(d),
+                      scratch.product, scratch.scores, g);
+    for (int j = 0; j < N; ++j) keep_best(scratch.scores + j * g, 0, g, q + j == 0);
   });
 }
 
@@ -48,29 +80,30 @@ void score_onebit(const ScoreOnebit& op) {
     return larger(0, ceil_div(score.tail_start[row], g) - first_unit);
   });
   const float* queries = take_score_queries(score);
-  const int64_t thread_size = 6 * padded(d) + 5 * g;
-  float* scratch = take<float>(thread_size * num_threads());
+  const int threads = num_threads();
+  auto* scratches = take<ScoreScratch>(threads);
+  for (int i = 0; i < threads; ++i) scratches[i] = take_score_scratch(d, g);
   parallel_for(tasks.count, [&](int64_t i) {
     const Task& task = tasks.data[i];
-    float* scale = scratch + thread_size * omp_get_thread_num();
-    float* zero = scale + padded(d);
-    float* scaled = zero + padded(d);
-    float* scores = scaled + 4 * padded(d);
-    float* best = scores + 4 * g;
+    const ScoreScratch& scratch = scratches[omp_get_thread_num()];
     const int64_t pair = static_cast<int64_t>(task.row) * score.shape.kv_heads + task.head;
     const float* query = queries + pair * score.queries * padded(d);
     float* out = scores_of(score, task.row, task.head);
     for (int64_t unit = task.begin + first_unit; unit < task.end + first_unit; ++unit) {
       const int64_t block = table_of(score, task.row)[unit / per_block];
       const int64_t group = unit % per_block;
-      read_key_scales(op.key, block, task.head, group, d, scale, zero);
+      read_key_scales(op.key, block, task.head, group, d, scratch.scale, scratch.zero);
+      if (unit + 2 < task.end + first_unit) {
+        prefetch_record(op.key, table_of(score, task.row)[(unit + 2) / per_block], task.head,
+                        (unit + 2) % per_block, d);
+      }
       const int64_t begin = larger(unit * g, score.sink_tokens);
       const int64_t end = smaller((unit + 1) * g, score.tail_start[task.row]);
       const bool whole = end - begin == g;
-      score_group(at(op.key.codes, block, task.head, group), op.key.codes.item, d, g,
-                  score.queries, scale, zero, query, scaled, scores, whole ? out + begin : best);
+      score_group(at(op.key.codes, block, task.head, group), op.key.codes.item, d, g, score.queries,
+                  query, scratch, whole ? out + begin : scratch.best);
       if (whole) continue;
-      for (int64_t t = begin; t < end; ++t) out[t] = best[t - unit * g];
+      for (int64_t t = begin; t < end; ++t) out[t] = scratch.best[t - unit * g];
     }
   });
 }
@@ -132,9 +165,8 @@ void find_channels(const ScoreChannels& op, int64_t count, int32_t* channels) {
   const ScoreTokens& score = op.score;
   const int64_t d = score.shape.head_size, g = score.grouping.group_size, pitch = padded(d);
   const int64_t per_block = score.grouping.groups_per_block, heads = score.shape.kv_heads;
-  Tasks tasks = cut(score.rows, score.shape.kv_heads, 64, INT32_MAX, [&](int32_t row) {
-    return larger(0, ceil_div(score.tail_start[row], g));
-  });
+  Tasks tasks = cut(score.rows, score.shape.kv_heads, 64, INT32_MAX,
+                    [&](int32_t row) { return larger(0, ceil_div(score.tail_start[row], g)); });
   float* partial = take<float>(tasks.count * pitch);
   parallel_for(tasks.count, [&](int64_t i) {
     const Task& task = tasks.data[i];

@@ -1,6 +1,6 @@
 // Helpers that the kernels of every instruction set call. They are compiled for the baseline
-// processor, out of line, because templates of the standard library must never be instantiated
-// in code built for a newer one: the linker keeps one copy for all.
+// processor, out of line, because templates of the standard library must never be instantiated in
+// code built for a newer one: the linker keeps one copy for all.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
-// select_topk: one pass over the scores with a rising threshold. Few scores pass it, so that
-// the pass runs at the speed of memory; those that do wait in a buffer, which is cut to the k
-// best whenever it is full and then raises the threshold.
+// select_topk: one pass over the scores with a rising threshold. Few scores pass it, so that the
+// pass runs at the speed of memory; those that do wait in a buffer, which is cut to the k best
+// whenever it is full and then raises the threshold.
 #pragma once
 
 namespace tailorkv::TAILORKV_ISA {
@@ -27,7 +27,7 @@ inline int32_t key_position(uint64_t key) {
 
 constexpr int64_t kUnrolled = 4 * W;
 
-inline int64_t buffer_size(int64_t k) { return k + larger(k, 2048) + kUnrolled; }
+inline int64_t buffer_size(int64_t k) { return k + larger(k, 512) + kUnrolled; }
 
 // The keys of the min(k, end - begin) best scores of [begin, end), in any order.
 //   scores: [S]

@@ -81,7 +81,8 @@ auto load_codes(const uint8_t* p, int64_t i) {
   } else {
     uint32_t packed = 0;
     __builtin_memcpy(&packed, at, B);
-    const __m256i step = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(B));
+    const __m256i step =
+        _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(B));
     __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(packed)), step);
     return _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32((1 << B) - 1)));
   }

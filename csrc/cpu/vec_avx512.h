@@ -76,15 +76,14 @@ auto load_codes(const uint8_t* p, int64_t i) {
     int32_t low, high;
     __builtin_memcpy(&low, at, 4);
     __builtin_memcpy(&high, at + 4, 4);
-    const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512i shifts =
+        _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
     const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __m512i packed = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xFF00, high);
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(packed, shifts), table);
   }
 }
-inline F accumulate(F sum, Bits codes, F x) {
-  return _mm512_mask_add_ps(sum, codes.mask, sum, x);
-}
+inline F accumulate(F sum, Bits codes, F x) { return _mm512_mask_add_ps(sum, codes.mask, sum, x); }
 inline F accumulate(F sum, F codes, F x) { return _mm512_fmadd_ps(codes, x, sum); }
 
 }  // namespace

@@ -89,9 +89,7 @@ inline F abs(F x) {
   return F{__builtin_fabsf(x[0]), __builtin_fabsf(x[1]), __builtin_fabsf(x[2]),
            __builtin_fabsf(x[3])};
 }
-inline F round_even(F x) {
-  return F{rintf(x[0]), rintf(x[1]), rintf(x[2]), rintf(x[3])};
-}
+inline F round_even(F x) { return F{rintf(x[0]), rintf(x[1]), rintf(x[2]), rintf(x[3])}; }
 inline F pow2(F n) {
   I bits = (__builtin_convertvector(n, I) + 127) << 23;
   F x;

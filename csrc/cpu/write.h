@@ -9,8 +9,8 @@ struct Run {
   int64_t token, count, block, offset;
 };
 
-// Copy a run of rows of one head into a block. Channel-major blocks are written in tiles, so
-// that both sides stay in the first-level cache.
+// Copy a run of rows of one head into a block. Channel-major blocks are written in tiles, so that
+// both sides stay in the first-level cache.
 //   from: [count, d], rows from_token apart
 template <class T>
 void write_run(const Cache& cache, const Run& run, int head, int head_size, const T* from,

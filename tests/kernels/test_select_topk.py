@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_tailorkv.kernels import ops, reference
 from vllm_tailorkv.kernels import cpu as cpu_module
+from vllm_tailorkv.kernels import ops, reference
 
 
 def run(function, scores, tail_start, k, sink_tokens=8):

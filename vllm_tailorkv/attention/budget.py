@@ -17,9 +17,7 @@ from vllm_tailorkv.errors import TailorKVError
 logger = init_logger(LOGGER)
 
 
-def cache_sizing(
-    vllm_config: VllmConfig, specs: Mapping[str, KVCacheSpec]
-) -> CacheSizing | None:
+def cache_sizing(vllm_config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> CacheSizing | None:
     """The bytes of one worker's cache, or None if it has no layer of ours.
 
     Args:

@@ -133,9 +133,7 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
             workspace=self.workspace,
         )
 
-    def _exact_rows(
-        self, common: CommonAttentionMetadata, mask: torch.Tensor
-    ) -> ExactRows | None:
+    def _exact_rows(self, common: CommonAttentionMetadata, mask: torch.Tensor) -> ExactRows | None:
         if not mask.any():
             return None
         tokens = None

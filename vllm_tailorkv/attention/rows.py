@@ -1,9 +1,6 @@
 """Which rows of a batch are attended exactly, which by the tailored ops, and where."""
 
-
 import torch
-
-
 
 
 def decode_mask(

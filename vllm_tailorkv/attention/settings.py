@@ -61,5 +61,3 @@ def load_settings(vllm_config: VllmConfig) -> Settings:
         )
     plan = layer_plan(config.profile, shape)
     return Settings(config, plan, split=config.placement == "split")
-
-

@@ -72,9 +72,7 @@ class CacheSizing:
         return lines
 
 
-def size_cache(
-    layouts: Mapping[int, PageLayout], other_bytes: int, *, split: bool
-) -> CacheSizing:
+def size_cache(layouts: Mapping[int, PageLayout], other_bytes: int, *, split: bool) -> CacheSizing:
     """Add up the pages of one worker.
 
     Args:

@@ -63,6 +63,10 @@ _SHIFT_LOGIT = 30.0
 _MATCH_LOGIT = 136.0
 _TOKEN_LOGIT = 30.0
 
+# Values at 1 bit are several times as large as they should be. They must not change the norm of
+# the stream: with 5% less in one key, a shift layer would prefer that key's neighbour.
+_JUNK_GAIN = 1 / 16
+
 # Rotary pairs that turn fast tell neighbouring positions apart; those that turn by less than
 # 0.05 over the longest context carry content to any distance.
 _FAST_PAIRS = slice(0, 10)
@@ -230,9 +234,8 @@ def _flat_layer(rng: torch.Generator) -> _AttentionWeights:
     layer.value[:, :, _Stream.own] = torch.randn(
         NUM_KV_HEADS, HEAD_SIZE, _CODE, generator=rng
     ) / math.sqrt(_CODE)
-    layer.output[_Stream.junk] = torch.randn(
-        junk_size, NUM_HEADS, HEAD_SIZE, generator=rng
-    ) / math.sqrt(NUM_HEADS * HEAD_SIZE)
+    mixed = torch.randn(junk_size, NUM_HEADS, HEAD_SIZE, generator=rng)
+    layer.output[_Stream.junk] = mixed * (_JUNK_GAIN / math.sqrt(NUM_HEADS * HEAD_SIZE))
     return layer
 
 

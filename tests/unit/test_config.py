@@ -1,0 +1,217 @@
+"""Options: the defaults, what is refused and how it is put, overrides from the environment."""
+
+import os
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from vllm_tailorkv import envs
+from vllm_tailorkv.config import DensePlan, TailorKVConfig, load_config
+from vllm_tailorkv.errors import TailorKVError
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in list(os.environ):
+        if variable.startswith(envs.PREFIX):
+            monkeypatch.delenv(variable)
+
+
+DEFAULTS = {
+    "profile": None,
+    "bits": 2,
+    "group_size": 64,
+    "residual_tokens": 128,
+    "sink_tokens": 8,
+    "recent_tokens": 56,
+    "topk_tokens": 128,
+    "critical_channels": 8,
+    "index": "channels",
+    "query_reduce": "mean",
+    "full_attention_below": 0,
+    "placement": "auto",
+    "host_pool_gib": None,
+}
+
+
+@pytest.mark.parametrize("options", [None, {}])
+def test_defaults(options: Any) -> None:
+    assert load_config(options).model_dump() == DEFAULTS
+
+
+def test_every_option_has_a_sentence() -> None:
+    for name, field in TailorKVConfig.model_fields.items():
+        assert field.description and field.description.endswith("."), name
+
+
+ACCEPTED: list[dict[str, Any]] = [
+    {"bits": 1},
+    {"bits": 4},
+    {"group_size": 32},
+    {"group_size": 128},
+    {"residual_tokens": 0},
+    {"sink_tokens": 0},
+    {"recent_tokens": 1},
+    {"topk_tokens": 1},
+    {"index": "onebit"},
+    {"index": "channels", "critical_channels": 1},
+    {"query_reduce": "max"},
+    {"placement": "joint"},
+    {"placement": "split"},
+    {"placement": "split", "host_pool_gib": 0.5},
+    {"profile": "profile.json"},
+]
+
+
+@pytest.mark.parametrize("options", ACCEPTED, ids=str)
+def test_accepted(options: dict[str, Any]) -> None:
+    assert load_config(options).model_dump() == DEFAULTS | options
+
+
+def test_inline_profile() -> None:
+    config = load_config({"profile": {"dense_layers": [3, 0]}})
+    assert config.profile == DensePlan(dense_layers=(3, 0))
+
+
+# The options, and words that the message must hold: the key and what is allowed.
+REFUSED: list[tuple[Any, list[str]]] = [
+    ({"bitz": 2}, ["bitz", "unknown option", *DEFAULTS]),
+    ({"bits": 3}, ["bits", "1, 2 or 4"]),
+    ({"bits": "two"}, ["bits", "1, 2 or 4"]),
+    ({"group_size": 48}, ["group_size", "32, 64 or 128"]),
+    ({"index": "x"}, ["index", "'channels' or 'onebit'"]),
+    ({"query_reduce": "sum"}, ["query_reduce", "'mean' or 'max'"]),
+    ({"placement": "gpu"}, ["placement", "'auto', 'joint' or 'split'"]),
+    ({"sink_tokens": -1}, ["sink_tokens", "-1", "greater than or equal to 0"]),
+    ({"residual_tokens": -1}, ["residual_tokens", "-1", "greater than or equal to 0"]),
+    ({"recent_tokens": 0}, ["recent_tokens", "greater than or equal to 1"]),
+    ({"topk_tokens": 0}, ["topk_tokens", "greater than or equal to 1"]),
+    ({"topk_tokens": 8.5}, ["topk_tokens", "8.5", "integer"]),
+    ({"topk_tokens": None}, ["topk_tokens", "integer"]),
+    ({"critical_channels": 0}, ["critical_channels", "greater than or equal to 1"]),
+    ({"full_attention_below": -5}, ["full_attention_below", "greater than or equal to 0"]),
+    ({"host_pool_gib": 4}, ["host_pool_gib", 'placement="split"', '"auto"']),
+    (
+        {"host_pool_gib": 4, "placement": "joint"},
+        ["host_pool_gib", 'placement="split"', '"joint"'],
+    ),
+    ({"host_pool_gib": 0, "placement": "split"}, ["host_pool_gib", "greater than 0"]),
+    ({"host_pool_gib": "big", "placement": "split"}, ["host_pool_gib", "number"]),
+    (
+        {"critical_channels": 8, "index": "onebit"},
+        ["critical_channels", 'index="channels"', '"onebit"'],
+    ),
+    ([["bits", 2]], ['additional_config["tailorkv"]', "JSON object"]),
+    ("onebit", ['additional_config["tailorkv"]', "JSON object", "onebit"]),
+    (2, ['additional_config["tailorkv"]', "JSON object"]),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED, ids=[str(case[0]) for case in REFUSED])
+def test_refused(options: Any, words: list[str]) -> None:
+    with pytest.raises(TailorKVError) as caught:
+        load_config(options)
+    message = str(caught.value)
+    for word in words:
+        assert word in message
+    assert "\n" not in message
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [3, [0, 1], {"dens_layers": [0]}, {"dense_layers": "ab"}, {"dense_layers": [0], "layers": 2}],
+    ids=str,
+)
+def test_profile_of_a_wrong_type_names_both_forms(profile: Any) -> None:
+    with pytest.raises(TailorKVError) as caught:
+        load_config({"profile": profile})
+    message = str(caught.value)
+    assert "profile" in message
+    assert "path" in message
+    assert "dense_layers" in message.replace(repr(profile), "")
+
+
+def test_host_pool_of_infinite_size_is_refused() -> None:
+    """Python's JSON knows Infinity; it can be no number of bytes."""
+    with pytest.raises(TailorKVError, match="host_pool_gib"):
+        load_config({"placement": "split", "host_pool_gib": float("inf")})
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "option", "value"),
+    [
+        ("VLLM_TAILORKV_BITS", "1", "bits", 1),
+        ("VLLM_TAILORKV_INDEX", "onebit", "index", "onebit"),
+        ("VLLM_TAILORKV_INDEX", '"onebit"', "index", "onebit"),
+        ("VLLM_TAILORKV_PROFILE", "/models/a b.json", "profile", "/models/a b.json"),
+        ("VLLM_TAILORKV_PROFILE", '{"dense_layers": [2]}', "profile", DensePlan(dense_layers=(2,))),
+        ("VLLM_TAILORKV_HOST_POOL_GIB", "null", "host_pool_gib", None),
+    ],
+)
+def test_environment_overrides(
+    monkeypatch: pytest.MonkeyPatch, variable: str, text: str, option: str, value: Any
+) -> None:
+    monkeypatch.setenv(variable, text)
+    assert getattr(load_config(None), option) == value
+
+
+def test_environment_wins_over_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_TAILORKV_BITS", "4")
+    options = {"bits": 1, "topk_tokens": 32}
+    config = load_config(options)
+    assert (config.bits, config.topk_tokens) == (4, 32)
+    assert options == {"bits": 1, "topk_tokens": 32}
+
+
+@pytest.mark.parametrize("text", ["3", "", "two", "[2]"])
+def test_environment_is_validated_too(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("VLLM_TAILORKV_BITS", text)
+    with pytest.raises(TailorKVError, match=r"bits.*1, 2 or 4"):
+        load_config(None)
+
+
+def test_environment_typing_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_TAILORKV_BIT", "1")
+    with pytest.raises(TailorKVError, match=r"unknown .*VLLM_TAILORKV_BIT; .*VLLM_TAILORKV_BITS"):
+        load_config(None)
+
+
+@pytest.mark.parametrize("variable", sorted(envs.VARIABLES))
+def test_other_variables_are_no_options(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "anything")
+    assert load_config(None).model_dump() == DEFAULTS
+    assert envs.VARIABLES[variable].endswith(".")
+
+
+def test_kernels_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert envs.kernels() is None
+    monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "")
+    assert envs.kernels() is None
+    monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "reference")
+    assert envs.kernels() == "reference"
+
+
+def test_frozen() -> None:
+    config = load_config({"profile": {"dense_layers": [0]}})
+    with pytest.raises(ValidationError, match="frozen"):
+        config.bits = 1
+    assert isinstance(config.profile, DensePlan)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.profile.dense_layers = (1,)
+
+
+@pytest.mark.parametrize(
+    ("options", "budget", "exact"),
+    [
+        ({}, 192, 192),
+        ({"full_attention_below": 191}, 192, 192),
+        ({"full_attention_below": 4096}, 192, 4096),
+        ({"sink_tokens": 0, "topk_tokens": 3, "recent_tokens": 2}, 5, 5),
+    ],
+)
+def test_token_budget(options: dict[str, Any], budget: int, exact: int) -> None:
+    config = load_config(options)
+    assert config.budget_tokens == budget
+    assert config.exact_below == exact

@@ -1,0 +1,84 @@
+"""The rows of a batch against loops over its requests and tokens."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_tailorkv.attention.rows import completed_groups, decode_mask, token_indices
+
+# Requests as (tokens before this step, tokens of this step); padding has none at all.
+requests = st.lists(
+    st.tuples(st.integers(0, 700), st.integers(0, 300)).filter(lambda r: r[0] == 0 or r[1] > 0),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(
+    lengths=requests,
+    prefilling=st.one_of(st.none(), st.lists(st.booleans(), min_size=8, max_size=8)),
+    exact_below=st.sampled_from([0, 1, 192, 500]),
+)
+def test_decode_mask(
+    lengths: list[tuple[int, int]], prefilling: list[bool] | None, exact_below: int
+) -> None:
+    mask = decode_mask(
+        torch.tensor([new for _, new in lengths], dtype=torch.int32),
+        torch.tensor([old + new for old, new in lengths], dtype=torch.int32),
+        None if prefilling is None else torch.tensor(prefilling[: len(lengths)]),
+        exact_below,
+    )
+    assert mask.dtype == torch.bool
+    for i, (old, new) in enumerate(lengths):
+        prompt = prefilling is not None and prefilling[i]
+        assert bool(mask[i]) == (new == 1 and old + new > exact_below and not prompt)
+
+
+def test_decode_mask_boundary() -> None:
+    """A context of exactly the budget is attended in full."""
+    one = torch.ones(2, dtype=torch.int32)
+    assert decode_mask(one, torch.tensor([192, 193]), None, 192).tolist() == [False, True]
+
+
+@given(
+    lengths=requests,
+    sizes=st.sampled_from([(32, 32), (32, 128), (64, 64), (64, 128), (128, 128), (64, 192)]),
+    order=st.randoms(use_true_random=False),
+)
+def test_completed_groups(
+    lengths: list[tuple[int, int]], sizes: tuple[int, int], order: object
+) -> None:
+    group_size, block_size = sizes
+    width = 1000 // block_size + 2
+    free = list(range(len(lengths) * width))
+    order.shuffle(free)  # type: ignore[attr-defined]
+    table = [free[i * width : (i + 1) * width] for i in range(len(lengths))]
+    groups = completed_groups(
+        torch.tensor([new for _, new in lengths], dtype=torch.int32),
+        torch.tensor([old + new for old, new in lengths], dtype=torch.int32),
+        torch.tensor(table, dtype=torch.int32),
+        group_size,
+        block_size,
+    )
+    expected = [
+        table[i][token // block_size] * (block_size // group_size)
+        + token % block_size // group_size
+        for i, (old, new) in enumerate(lengths)
+        for token in range(old, old + new)
+        if (token + 1) % group_size == 0
+    ]
+    assert groups.dtype == torch.int64
+    assert groups.is_contiguous()
+    assert groups.tolist() == expected
+
+
+@given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=8), data=st.data())
+def test_token_indices(counts: list[int], data: st.DataObject) -> None:
+    chosen = data.draw(st.lists(st.integers(0, len(counts) - 1), unique=True))
+    starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
+    indices = token_indices(
+        torch.tensor(starts, dtype=torch.int32), torch.tensor(chosen, dtype=torch.int64)
+    )
+    expected = [token for i in chosen for token in range(starts[i], starts[i + 1])]
+    assert indices.dtype == torch.int64
+    assert indices.tolist() == expected
