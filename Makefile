@@ -7,7 +7,8 @@ TOKENS ?= 16384
 NEEDLES ?= 8
 # Options of tailorkv as JSON, for instance CONFIG='{"index": "onebit", "bits": 1}'
 CONFIG ?=
-TESTS ?= tests
+# Paths of tests to run; default: all, those that start engines in a process of their own
+TESTS ?=
 
 PLATFORM := $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),gpu,cpu)
 BIN := $(VENV)/bin
@@ -31,7 +32,8 @@ demo: install ## find needles in a long text, with tailorkv and with vLLM's own 
 		--cache-dir .demo $(if $(CONFIG),--config '$(CONFIG)')
 
 test: install $(STAMPS)/dev ## run the tests
-	$(BIN)/python -m pytest --import-mode=importlib $(TESTS)
+	$(if $(TESTS),,$(BIN)/python -m pytest --ignore=tests/integration tests)
+	$(BIN)/python -m pytest $(or $(TESTS),tests/integration)
 
 lint: install $(STAMPS)/dev ## check style, types and C++ formatting
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "query_pre_attn_scalar": 64,
     },
-    "Gemma3Text": {
+    "Gemma3": {
         "sliding_window": 128,
         "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
     },

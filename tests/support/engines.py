@@ -31,7 +31,8 @@ def tiny_config(architecture: str, **changes: Any) -> Any:
         "eos_token_id": 1,
         "pad_token_id": 0,
     } | changes
-    return getattr(transformers, f"{architecture}Config")(**values)
+    name = "Gemma3Text" if architecture == "Gemma3" else architecture
+    return getattr(transformers, f"{name}Config")(**values)
 
 
 def save_random_checkpoint(directory: Path, architecture: str, **changes: Any) -> Path:

@@ -191,7 +191,7 @@ def test_missing_module() -> None:
 def test_version_of_one_patch(house: ModuleType) -> None:
     greet = house.greet
     patches = [record("greet", doubled), record("Room.size", doubled, version=">=2")]
-    with pytest.raises(TailorKVError, match="vLLM 1.0 is unknown"):
+    with pytest.raises(TailorKVError, match=r"vLLM 1\.0 is unknown"):
         apply_patches(patches, "1.0")
     assert house.greet is greet
 
@@ -294,7 +294,7 @@ def test_error_passes_through_pydantic() -> None:
         def __post_init__(self) -> None:
             self.inner = Inner(bits=self.inner)
 
-    with pytest.raises(TailorKVError, match="^bits=3: give 1, 2 or 4$") as caught:
+    with pytest.raises(TailorKVError, match=r"^bits=3: give 1, 2 or 4$") as caught:
         Outer(inner=3)
     assert type(caught.value) is TailorKVError
     assert not isinstance(caught.value, ValueError)

@@ -201,10 +201,10 @@ def _phase(console: Console, title: str) -> Iterator[OnWait]:
             # Where nothing can be redrawn, in a log for instance, a line now and then.
             if not console.is_terminal and time.monotonic() - printed > _PLAIN_UPDATE_SECONDS:
                 printed = time.monotonic()
-                console.print(line(news), highlight=False)
+                console.print(line(news), highlight=False, soft_wrap=True)
 
         yield on_wait
-    console.print(f"{title}: {time.monotonic() - start:.1f} s", highlight=False)
+    console.print(f"{title}: {time.monotonic() - start:.1f} s", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

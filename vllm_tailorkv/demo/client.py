@@ -1,6 +1,5 @@
 """Questions to a server, through the official OpenAI client, and how long it takes to answer."""
 
-import itertools
 import statistics
 import threading
 import time
@@ -17,6 +16,7 @@ _POLL_SECONDS = 0.5
 # A prefill of 128k tokens takes a quarter of an hour on two cores.
 _REQUEST_TIMEOUT_SECONDS = 7200.0
 _TIMED_TOKENS = 32
+_TIMED_STREAMS = 5
 
 OnWait = Callable[[str], None]
 """Called every half second of a wait, with what there is to say."""
@@ -39,7 +39,7 @@ class Answer:
 class Measurement:
     """One backend's answers, and its times in seconds.
 
-    `seconds_per_token` is the median time between two streamed tokens after the whole haystack.
+    `seconds_per_token` is the median over several streams that continue the whole haystack.
     """
 
     answers: tuple[Answer, ...]
@@ -94,8 +94,10 @@ def _measure(
         prompt = haystack.text + placed.needle.question
         answers.append(Answer(placed, _complete(client, prompt, max_tokens)))
 
-    on_wait(f"timing {_TIMED_TOKENS} tokens")
-    seconds = _token_intervals(client, haystack.text)
+    seconds = []
+    for number in range(1, _TIMED_STREAMS + 1):
+        on_wait(f"timing stream {number} of {_TIMED_STREAMS}, {_TIMED_TOKENS} tokens")
+        seconds.append(_seconds_per_token(client, haystack.text))
     return Measurement(tuple(answers), prefill_seconds, statistics.median(seconds))
 
 
@@ -113,8 +115,12 @@ def _complete(client: openai.OpenAI, prompt: str, max_tokens: int) -> str:
     return response.choices[0].text
 
 
-def _token_intervals(client: openai.OpenAI, prompt: str) -> list[float]:
-    """Seconds between the tokens of a streamed completion, first token not counted."""
+def _seconds_per_token(client: openai.OpenAI, prompt: str) -> float:
+    """Seconds between two tokens of a streamed completion, the first token not counted.
+
+    The mean of a stream: when the processor is busy, tokens arrive several at a time, and the
+    single intervals say little.
+    """
     stream = client.completions.create(
         model=MODEL_NAME,
         prompt=prompt,
@@ -124,7 +130,7 @@ def _token_intervals(client: openai.OpenAI, prompt: str) -> list[float]:
         extra_body={"ignore_eos": True},
     )
     times = [time.monotonic() for _ in stream]
-    return [later - earlier for earlier, later in itertools.pairwise(times)]
+    return (times[-1] - times[0]) / _TIMED_TOKENS
 
 
 def _in_background(function: Callable[[], str]) -> Future[str]:

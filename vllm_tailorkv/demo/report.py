@@ -47,7 +47,7 @@ def print_report(
     if plan is None:
         console.print("[yellow]The server with tailorkv printed no plan: nothing to compare.[/]")
     else:
-        reads = Table("what a decode step reads", "", title="Memory", show_header=False)
+        reads = Table(title="What a decode step reads, what a token costs", show_header=False)
         for row in _plan_rows(plan, haystack.num_tokens):
             reads.add_row(*row)
         console.print(reads)

@@ -131,22 +131,27 @@ def build_haystack(
     pieces: list[str] = []
     placed: list[PlacedNeedle] = []
     used = 0
+    pending = sum(sentence_tokens)
+
+    def place_next() -> None:
+        nonlocal used, pending
+        needle, size = needles[len(placed)], sentence_tokens[len(placed)]
+        pieces.append(needle.sentence)
+        placed.append(PlacedNeedle(needle, used))
+        used += size
+        pending -= size
+
     for line, line_tokens in _shuffled_lines(tokenizer, seed):
-        while (
-            len(placed) < len(needles)
-            and used >= (_FIRST_DEPTH + len(placed) * spread) * num_tokens
-        ):
-            needle = needles[len(placed)]
-            pieces.append(needle.sentence)
-            used += sentence_tokens[len(placed)]
-            placed.append(PlacedNeedle(needle, used - sentence_tokens[len(placed)]))
-        pending = sum(sentence_tokens[len(placed) :])
+        while pending and used >= (_FIRST_DEPTH + len(placed) * spread) * num_tokens:
+            place_next()
         if used + line_tokens + pending > num_tokens:
             break
         pieces.append(line)
         used += line_tokens
     else:
         raise ValueError(f"this machine has only {used} tokens of text, not {num_tokens}")
+    while pending:
+        place_next()
     return Haystack("".join(pieces), used, tuple(placed))
 
 

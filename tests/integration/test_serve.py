@@ -1,0 +1,125 @@
+"""`vllm serve` as users start it: engine and workers in spawned processes, HTTP, benchmarks."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from vllm_tailorkv.demo.server import ServerOptions, VllmServer
+
+VLLM = str(Path(sys.executable).parent / "vllm")
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith("OMP_")},
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    # Dynamo without compilation: a compiled model takes a minute more.
+    "VLLM_CPU_CI_ENV": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    log = tmp_path_factory.mktemp("serve") / "server.log"
+    options = ServerOptions(
+        model=demo_model,
+        log=log,
+        max_model_len=8192,
+        cache_gib=1,
+        backend="tailorkv",
+        config={"index": "onebit"},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        patch.setenv("VLLM_CPU_CI_ENV", "1")
+        patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+        with VllmServer(options) as running:
+            running.wait_until_healthy(lambda _: None, timeout=240)
+            yield running
+
+
+def metric(server: VllmServer, name: str) -> float:
+    """The sum of a metric over its labels."""
+    text = httpx.get(f"{server.url}/metrics").text
+    values = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+    assert values, name
+    return sum(map(float, values))
+
+
+def test_completion(server: VllmServer) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    text = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu\n" * 3
+    reply = client.completions.create(
+        model="demo", prompt=text + "alpha beta gamma delta epsilon zeta", max_tokens=4
+    )
+    assert reply.choices[0].text.strip().startswith("eta")
+
+
+def test_the_log_tells_the_plan(server: VllmServer) -> None:
+    plan = server.plan()
+    assert plan is not None
+    assert plan.index == "onebit"
+    assert plan.dense_layers == [0, 1]
+    assert plan.num_tokens == (plan.num_blocks - 1) * plan.block_size
+
+
+def test_an_aborted_stream_gives_its_blocks_back(server: VllmServer) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    stream = client.completions.create(
+        model="demo",
+        prompt="once upon a time " * 200,
+        max_tokens=4000,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    for count, _ in enumerate(stream):
+        if count == 3:
+            assert metric(server, "vllm:kv_cache_usage_perc") > 0
+            stream.close()
+            break
+    deadline = time.monotonic() + 30
+    while metric(server, "vllm:kv_cache_usage_perc") > 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert metric(server, "vllm:num_requests_running") == 0
+
+
+def run_bench(*arguments: str) -> str:
+    """Run one of vLLM's benchmarks."""
+    result = subprocess.run(
+        [VLLM, "bench", *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_bench_serve(server: VllmServer, demo_model: Path) -> None:
+    output = run_bench(
+        *("serve", "--base-url", server.url, "--model", "demo"),
+        *("--tokenizer", str(demo_model), "--dataset-name", "random"),
+        *("--random-input-len", "600", "--random-output-len", "8", "--num-prompts", "4"),
+    )
+    assert re.search(r"Successful requests: +4\b", output)
+
+
+def test_bench_throughput(demo_model: Path, tmp_path: Path) -> None:
+    result = tmp_path / "throughput.json"
+    run_bench(
+        *("throughput", "--model", str(demo_model), "--attention-backend", "tailorkv"),
+        *("--dataset-name", "random", "--random-input-len", "400", "--random-output-len", "8"),
+        *("--num-prompts", "4", "--max-model-len", "1024", "--enforce-eager"),
+        *("--kv-cache-memory-bytes", "200000000", "--output-json", str(result)),
+    )
+    assert json.loads(result.read_text())["num_requests"] == 4
