@@ -68,22 +68,6 @@ def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, to
     return codes.to(torch.uint8), scale, zero
 
 
-def write_kv(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> None:
-    """See `ops.write_kv`."""
-    block_size = key_cache.shape[2]
-    slots = slot_mapping[: key.shape[0]]
-    valid = slots >= 0
-    blocks, offsets = slots[valid] // block_size, slots[valid] % block_size
-    key_cache[blocks, :, offsets] = key[valid]
-    value_cache[blocks, :, offsets] = value[valid]
-
-
 def quantize_rows(
     x: torch.Tensor, bits: int, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -168,7 +152,7 @@ def quantize_groups(
 
 
 def gather_rows(cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` tokens of a row: [NB, Hk, bs, d] and int [n] to float32 [Hk, length, d]."""
+    """The first `length` tokens: [NB, Hk, bs, d] and int [n] blocks to float32 [Hk, length, d]."""
     block_size = cache.shape[2]
     pages = cache[blocks[: math.ceil(length / block_size)].long()].float()
     return pages.transpose(0, 1).flatten(1, 2)[:, :length]

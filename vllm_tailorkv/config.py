@@ -111,6 +111,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown option {key!r}; allowed are {', '.join(TailorKVConfig.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
+    if key.partition(".")[0] == "profile":
+        message = 'must be the path of a profile, or {"dense_layers": [0, 1]}'
     if not key:
         return message
     return f"{key}={first['input']!r}: {message}"

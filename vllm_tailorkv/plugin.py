@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes: `register`, an entry point of `vllm.general_plugins`."""
+"""What vLLM calls in each of its processes: `register`, through `vllm.general_plugins`."""
 
 import sys
 from types import TracebackType

@@ -108,14 +108,16 @@ def read_profile(path: Path, shape: ModelShape) -> LayerPlan:
     try:
         profile = Profile.model_validate(json.loads(path.read_text()))
     except OSError as error:
-        raise TailorKVError(f"profile={str(path)!r}: {error.strerror}; give a path that exists")
+        raise TailorKVError(
+            f"profile={str(path)!r}: {error.strerror}; give a path that exists"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise TailorKVError(f"profile={str(path)!r} is no JSON: {error}")
+        raise TailorKVError(f"profile={str(path)!r} is no JSON: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         raise TailorKVError(
             f"profile={str(path)!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        )
+        ) from None
     if profile.schema_version != SCHEMA_VERSION:
         raise TailorKVError(
             f"profile={str(path)!r} has schema_version {profile.schema_version}; this version of "
