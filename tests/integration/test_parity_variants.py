@@ -1,8 +1,12 @@
 """Tokens within the budget equal vLLM's own, whatever the engine's options."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import speculation
 from engines import PROMPT_LENGTHS, Expected, engine, greedy, random_prompts
 
 
@@ -42,10 +46,11 @@ def test_full_attention_below(random_llama: Path) -> None:
 
 
 def test_speculative_rows_are_exact(random_llama: Path) -> None:
-    # N-gram speculation verifies several tokens of a row at once.
-    prompt = random_prompts([40], seed=7)[0] * 4
-    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    with engine(random_llama) as llm:
-        expected = greedy(llm, [prompt])
-    with engine(random_llama, {}, speculative_config=speculation) as llm:
-        assert greedy(llm, [prompt]) == expected
+    # In a process of its own: after speculation, vLLM's CPU worker cannot start again in the
+    # same process (it trips over modules that speculation has imported).
+    script = Path(speculation.__file__)
+    result = subprocess.run(
+        [sys.executable, str(script), str(random_llama)], capture_output=True, text=True, check=True
+    )
+    expected, tokens = json.loads(result.stdout.splitlines()[-1])
+    assert tokens == expected

@@ -31,9 +31,8 @@ def cache_sizing(vllm_config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> C
     return size_cache(layouts, others, split=next(iter(ours.values())).split)
 
 
-def _host_pool_bytes(vllm_config: VllmConfig) -> int | None:
-    gib = load_settings(vllm_config).config.host_pool_gib
-    return None if gib is None else int(gib * GIB)
+def _pool_bytes(host_pool_gib: float | None) -> int | None:
+    return None if host_pool_gib is None else int(host_pool_gib * GIB)
 
 
 def bound_memory(vllm_config: VllmConfig, sizing: CacheSizing | None, available: int) -> int:
@@ -47,14 +46,15 @@ def bound_memory(vllm_config: VllmConfig, sizing: CacheSizing | None, available:
     """
     if sizing is None:
         return available
-    pool = _host_pool_bytes(vllm_config)
+    gib = load_settings(vllm_config).config.host_pool_gib
+    pool = _pool_bytes(gib)
     if sizing.split and pool is not None and vllm_config.model_config.original_max_model_len != -1:
         tokens = vllm_config.model_config.max_model_len
         needed = -(-tokens // sizing.block_size) + 1
         if pool // sizing.host_bytes < needed:
             fits = max(0, pool // sizing.host_bytes - 1) * sizing.block_size
             raise TailorKVError(
-                f"host_pool_gib={pool / GIB:g} holds {fits:,} tokens, but one request may have "
+                f"host_pool_gib={gib:g} holds {fits:,} tokens, but one request may have "
                 f"{tokens:,}; give at least {needed * sizing.host_bytes / GIB:.3f}, or lower "
                 f"--max-model-len to {fits:,}"
             )
@@ -69,14 +69,14 @@ def check_and_log(vllm_config: VllmConfig, sizing: CacheSizing | None, num_block
     """
     if sizing is None:
         return
-    pool = _host_pool_bytes(vllm_config)
+    settings = load_settings(vllm_config)
+    pool = _pool_bytes(settings.config.host_pool_gib)
     if pool is not None and num_blocks * sizing.host_bytes > pool:
         raise TailorKVError(
             f"--num-gpu-blocks-override {num_blocks} needs "
             f"{num_blocks * sizing.host_bytes / GIB:.3f} GiB of host pool, host_pool_gib is "
-            f"{pool / GIB:g}; raise it, or lower the override"
+            f"{settings.config.host_pool_gib:g}; raise it, or lower the override"
         )
-    settings = load_settings(vllm_config)
     config, block = settings.config, sizing.block_size
     for line in sizing.describe(num_blocks):
         logger.info("TailorKV %s.", line)

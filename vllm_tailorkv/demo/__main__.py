@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 
@@ -170,6 +171,7 @@ def _serve_and_measure(
             cache_gib=cache_gib_for(max_model_len, model.KV_BYTES_PER_TOKEN),
             backend=backend,
             config=options.config if backend else None,
+            is_eager=not torch.cuda.is_available(),
             port=options.port,
         )
     )

@@ -78,6 +78,7 @@ class ServerOptions:
         cache_gib: memory for the KV cache on a CPU.
         backend: name of the attention backend; None leaves the choice to vLLM.
         config: options of the backend, the value of "tailorkv" in vLLM's additional config.
+        is_eager: whether to do without compiling the model, which takes a CPU a minute.
         port: TCP port on the loopback interface; 0 for any that is free.
     """
 
@@ -87,6 +88,7 @@ class ServerOptions:
     cache_gib: int
     backend: str | None = None
     config: dict[str, object] | None = None
+    is_eager: bool = False
     port: int = 0
 
 
@@ -242,7 +244,10 @@ def _command(options: ServerOptions, port: int) -> list[str]:
         *("--dtype", "bfloat16"),
         *("--max-model-len", str(options.max_model_len)),
         "--enable-prefix-caching",
+        "--disable-uvicorn-access-log",
     ]
+    if options.is_eager:
+        command.append("--enforce-eager")
     if options.backend is not None:
         command += ["--attention-backend", options.backend]
     if options.config is not None:
