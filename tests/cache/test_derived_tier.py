@@ -1,9 +1,9 @@
 """The derived tier is a pure function of the host tier, whatever vLLM does with whole blocks.
 
 A small model of vLLM's scheduler and block pool serves random requests: chunked prompts,
-decode steps, shared prefixes, preemption, blocks in any order, memory full of garbage. The
-K and V of a token follow from the tokens up to it. The pages are written by the functions
-that `TailorKVImpl.forward` and the metadata builder call. After every step, the records of
+decode steps with drafts of which some are rejected, shared prefixes, preemption, blocks in any
+order, memory full of garbage. The K and V of a token follow from the tokens up to it. The pages
+are written by the functions that `TailorKVImpl.forward` and the metadata builder call. After every step, the records of
 every complete group of every live request must be those of the reference, made from scratch.
 """
 
@@ -45,8 +45,13 @@ def some_implementation() -> Iterator[None]:
 # ---- The model: K and V of a token depend on all tokens before it. ----
 
 
-def extend_hash(previous: int, token: int) -> int:
-    return (previous * 1_000_003 + token + 1) % (2**61 - 1)
+def hashes_after(previous: int, tokens: Sequence[int]) -> list[int]:
+    """A hash for each token, of all tokens up to it."""
+    hashes = []
+    for token in tokens:
+        previous = (previous * 1_000_003 + token + 1) % (2**61 - 1)
+        hashes.append(previous)
+    return hashes
 
 
 def keys_and_values(hashes: Sequence[int], head_size: int) -> torch.Tensor:
@@ -68,20 +73,19 @@ class Request:
 
     def __init__(self, tokens: Sequence[int], generated: int, head_size: int) -> None:
         self.final_length = len(tokens) + generated
-        self.hashes: list[int] = []
+        self.hashes = [0]  # and one for each token
         self.kv = torch.empty(0, 2, HEADS, head_size, dtype=DTYPE)
         self.blocks: list[int] = []
         self.computed = 0
         self.extend(tokens)
 
     def __len__(self) -> int:
-        return len(self.hashes)
+        return len(self.kv)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        for token in tokens:
-            self.hashes.append(extend_hash(self.hashes[-1] if self.hashes else 0, token))
-        new = keys_and_values(self.hashes[len(self.kv) :], self.kv.shape[3])
-        self.kv = torch.cat([self.kv, new])
+        hashes = hashes_after(self.hashes[-1], tokens)
+        self.hashes += hashes
+        self.kv = torch.cat([self.kv, keys_and_values(hashes, self.kv.shape[3])])
 
     def slots(self, start: int, end: int, block_size: int) -> list[int]:
         """Where the tokens of these positions lie."""
@@ -89,6 +93,28 @@ class Request:
             self.blocks[position // block_size] * block_size + position % block_size
             for position in range(start, end)
         ]
+
+
+@dataclass
+class Work:
+    """What a step does for one request: known tokens, then drafts that may prove wrong."""
+
+    request: Request
+    new: int
+    drafts: list[int]
+
+    @property
+    def start(self) -> int:
+        return self.request.computed
+
+    @property
+    def end(self) -> int:
+        return self.start + self.new + len(self.drafts)
+
+    def kv(self) -> torch.Tensor:
+        known = self.request.kv[self.start : self.start + self.new]
+        hashes = hashes_after(self.request.hashes[-1], self.drafts)
+        return torch.cat([known, keys_and_values(hashes, known.shape[3])])
 
 
 class BlockPool:
@@ -137,11 +163,13 @@ class Scheduler:
     pool: BlockPool
     block_size: int
     max_tokens: int
+    max_drafts: int
     rng: random.Random
     waiting: list[Request]
     running: list[Request] = field(default_factory=list)
     preemptions: int = 0
     hits: int = 0
+    accepted: int = 0
 
     def preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -157,70 +185,89 @@ class Scheduler:
     def find_hits(self, request: Request) -> None:
         """Whole blocks of an equal prefix; the last token is always computed."""
         for end in range(self.block_size, len(request), self.block_size):
-            block = self.pool.hit(request.hashes[end - 1])
+            block = self.pool.hit(request.hashes[end])
             if block is None:
                 return
             request.blocks.append(block)
             request.computed = end
             self.hits += 1
 
-    def chunk(self, request: Request, budget: int) -> int:
-        """How many tokens to compute now: a decode step has one, a prompt any number."""
-        missing = min(len(request) - request.computed, budget)
-        return missing if self.rng.random() < 0.4 else self.rng.randint(1, missing)
+    def chunk(self, request: Request, budget: int) -> Work:
+        """How much to compute now: a decode step has one token, a prompt any number."""
+        missing = len(request) - request.computed
+        if missing > 1 or not request.computed:
+            most = min(missing, budget)
+            new = most if self.rng.random() < 0.4 else self.rng.randint(1, most)
+            return Work(request, new, [])
+        count = self.rng.randint(0, min(self.max_drafts, budget - 1))
+        return Work(request, 1, [self.rng.randrange(3) for _ in range(count)])
 
-    def grow(self, request: Request, length: int) -> bool:
+    def grow(self, work: Work) -> bool:
         """Give a request its blocks, if there are enough."""
-        count = -(-length // self.block_size) - len(request.blocks)
+        request = work.request
+        count = -(-work.end // self.block_size) - len(request.blocks)
         if count > len(self.pool.free):
             return False
         request.blocks += [self.pool.allocate() for _ in range(count)]
         return True
 
-    def schedule(self) -> list[tuple[Request, int]]:
-        """The next step: requests with their numbers of new tokens."""
-        step: list[tuple[Request, int]] = []
+    def schedule(self) -> list[Work]:
+        """The next step."""
+        step: list[Work] = []
         budget, before = self.max_tokens, self.preemptions
         for request in list(self.running):
             if request not in self.running or not budget:
                 continue
-            new = self.chunk(request, budget)
-            while not self.grow(request, request.computed + new):
+            work = self.chunk(request, budget)
+            while not self.grow(work):
                 self.preempt(self.running[-1])
                 if request not in self.running:
                     break
             else:
-                step.append((request, new))
-                budget -= new
-                self.remember(request, new)
+                step.append(work)
+                budget -= work.end - work.start
+                self.remember(work)
         while self.waiting and budget and self.preemptions == before:
             request = self.waiting[0]
             self.find_hits(request)
-            new = self.chunk(request, budget)
-            if not self.grow(request, request.computed + new):
+            work = self.chunk(request, budget)
+            if not self.grow(work):
                 self.let_go(request)
                 break
             self.running.append(self.waiting.pop(0))
-            step.append((request, new))
-            budget -= new
-            self.remember(request, new)
+            step.append(work)
+            budget -= work.end - work.start
+            self.remember(work)
         return step
 
-    def remember(self, request: Request, new: int) -> None:
+    def remember(self, work: Work) -> None:
         """Make whole blocks known: a later request of the same step may hit them already."""
-        for i in range((request.computed + new) // self.block_size):
-            self.pool.remember(request.blocks[i], request.hashes[(i + 1) * self.block_size - 1])
+        request = work.request
+        for i in range((work.start + work.new) // self.block_size):
+            self.pool.remember(request.blocks[i], request.hashes[(i + 1) * self.block_size])
 
-    def finish_step(self, step: list[tuple[Request, int]]) -> None:
-        """Let go of requests that are done; the others that wait for a token get one."""
-        for request, _ in step:
+    def sample(self, step: list[Work]) -> None:
+        """Count what was computed, accept drafts up to the first wrong one, add a token."""
+        for work in step:
+            request = work.request
+            request.computed += work.new
             if request.computed < len(request):
                 continue
+            for draft in [*work.drafts, None]:
+                request.extend([self.rng.randrange(3)])
+                if (
+                    draft is None
+                    or hashes_after(request.hashes[-2], [draft]) != request.hashes[-1:]
+                ):
+                    break
+                request.computed += 1
+                self.accepted += 1
+
+    def let_finished_go(self) -> None:
+        for request in list(self.running):
             if len(request) >= request.final_length:
                 self.running.remove(request)
                 self.let_go(request)
-            else:
-                request.extend([self.rng.randrange(3)])
 
 
 # ---- Pages: two placements, two orders of K. ----
@@ -284,27 +331,26 @@ def make_caches(layout: PageLayout, num_blocks: int, seed: int) -> list[Cache]:
 
 
 def run_step(
-    step: list[tuple[Request, int]], caches: list[Cache], num_blocks: int, rng: random.Random
+    step: list[Work], caches: list[Cache], num_blocks: int, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write K and V, then derive what is complete: returns slots and groups."""
     layout = caches[0].layout
     block_size = layout.block_size
-    width = max(len(request.blocks) for request, _ in step) + 1
+    width = max(len(work.request.blocks) for work in step) + 1
     table = torch.tensor(
         [
             # vLLM leaves the blocks of earlier requests beyond a row's own.
-            request.blocks + [rng.randrange(num_blocks)] * (width - len(request.blocks))
-            for request, _ in step
+            work.request.blocks + [rng.randrange(num_blocks)] * (width - len(work.request.blocks))
+            for work in step
         ],
         dtype=torch.int32,
     )
-    spans = [(request, request.computed, request.computed + new) for request, new in step]
-    slots = [slot for request, a, b in spans for slot in request.slots(a, b, block_size)]
+    slots = [slot for work in step for slot in work.request.slots(work.start, work.end, block_size)]
     mapping = torch.tensor(slots + [-1] * rng.randrange(3), dtype=torch.int64)
-    key, value = torch.cat([request.kv[start:end] for request, start, end in spans]).unbind(1)
+    key, value = torch.cat([work.kv() for work in step]).unbind(1)
     groups = completed_groups(
-        torch.tensor([new for _, new in step], dtype=torch.int32),
-        torch.tensor([end for *_, end in spans], dtype=torch.int32),
+        torch.tensor([work.end - work.start for work in step], dtype=torch.int32),
+        torch.tensor([work.end for work in step], dtype=torch.int32),
         table,
         layout.group_size,
         block_size,
@@ -346,7 +392,7 @@ class Truth:
         return torch.stack([self._record(request, end) for request, end in ends])
 
     def _record(self, request: Request, end: int) -> torch.Tensor:
-        name = request.hashes[end - 1]
+        name = request.hashes[end]
         if name not in self.known:
             layout = self.layout
             raw = torch.full((1, layout.host_bytes + layout.derived_bytes), 0xFF, dtype=torch.uint8)
@@ -412,6 +458,7 @@ class Load:
     num_requests: int
     spare_blocks: int  # beyond what the largest request needs
     max_tokens: int  # of a step
+    max_drafts: int
     caching: bool
     seed: int
 
@@ -424,6 +471,7 @@ loads = st.builds(
     num_requests=st.sampled_from([5, 4, 3, 2]),
     spare_blocks=st.sampled_from([1, 3, 6, 0]),
     max_tokens=st.sampled_from([130, 17, 64, 512]),
+    max_drafts=st.sampled_from([4, 0]),
     caching=st.sampled_from([True, True, True, False]),
     seed=st.integers(0, 2**32),
 )
@@ -437,7 +485,7 @@ def make_requests(load: Load, rng: random.Random) -> list[Request]:
         shared = rng.choice([0, 100, 200, rng.randrange(200)])
         tokens = rng.choices(families, [3, 1])[0][:shared]
         tokens = tokens + [rng.randrange(1000) for _ in range(rng.randint(1, 70))]
-        requests.append(Request(tokens, rng.randint(0, 40), load.head_size))
+        requests.append(Request(tokens, rng.randint(1, 60), load.head_size))
     return requests
 
 
@@ -450,12 +498,12 @@ def serve(load: Load, kind: DerivedKind) -> Scheduler:
     )
     requests = make_requests(load, rng)
     longest = max(request.final_length for request in requests)
-    num_blocks = 1 + -(-longest // block_size) + load.spare_blocks
+    num_blocks = 1 + -(-(longest + load.max_drafts) // block_size) + load.spare_blocks
     caches = make_caches(layout, num_blocks, load.seed)
     truth = Truth(layout)
     pool = BlockPool(num_blocks, rng, caching=load.caching)
     arriving = list(requests)
-    scheduler = Scheduler(pool, block_size, load.max_tokens, rng, [])
+    scheduler = Scheduler(pool, block_size, load.max_tokens, load.max_drafts, rng, [])
     steps = 0
     while arriving or scheduler.waiting or scheduler.running:
         if arriving and (rng.random() < 0.5 or not (scheduler.waiting or scheduler.running)):
@@ -469,12 +517,11 @@ def serve(load: Load, kind: DerivedKind) -> Scheduler:
         slots, groups = run_step(step, caches, num_blocks, rng)
         for old, cache in zip(before, caches if check_bytes else [], strict=True):
             check_untouched(old, cache, slots, groups)
-        for request, new in step:
-            request.computed += new
+        scheduler.sample(step)
         check_live(scheduler.running, caches, truth)
         if steps % 8 == 0:
             check_from_scratch(scheduler.running, caches[steps // 8 % len(caches)])
-        scheduler.finish_step(step)
+        scheduler.let_finished_go()
         steps += 1
     assert sorted(pool.free) == list(range(1, num_blocks))
     return scheduler
@@ -488,8 +535,9 @@ def test_records_are_a_pure_function_of_host_pages(kind: DerivedKind, load: Load
 
 
 def test_the_model_does_what_vllm_does() -> None:
-    """Prefixes are hit, in one step too, and requests are preempted."""
-    load = Load((32, 64), 32, 2, 5, 1, 512, caching=True, seed=5)
+    """Prefixes are hit, drafts accepted, requests preempted."""
+    load = Load((32, 64), 32, 2, 5, 1, 512, 4, caching=True, seed=5)
     scheduler = serve(load, DerivedKind.ONEBIT)
     assert scheduler.hits > 0
+    assert scheduler.accepted > 0
     assert scheduler.preemptions > 0

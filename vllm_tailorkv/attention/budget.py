@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_tailorkv.attention.name import LOGGER
@@ -13,6 +14,7 @@ from vllm_tailorkv.attention.settings import load_settings
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.cache.sizing import GIB, CacheSizing, size_cache
 from vllm_tailorkv.errors import TailorKVError
+from vllm_tailorkv.layout import PageLayout
 
 logger = init_logger(LOGGER)
 
@@ -31,8 +33,69 @@ def cache_sizing(vllm_config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> C
     return size_cache(layouts, others, split=next(iter(ours.values())).split)
 
 
-def _pool_bytes(host_pool_gib: float | None) -> int | None:
-    return None if host_pool_gib is None else int(host_pool_gib * GIB)
+def _blocks_of_one_request(vllm_config: VllmConfig, block_size: int) -> int:
+    """Blocks of the longest request, and vLLM's null block."""
+    return -(-vllm_config.model_config.max_model_len // block_size) + 1
+
+
+def _check_budget(
+    vllm_config: VllmConfig, name: str, sizing: CacheSizing, budget: int, block_bytes: int
+) -> None:
+    """Refuse a budget that cannot hold one request of the model's length.
+
+    Args:
+        name: the option that sets the budget, with its value.
+        budget: bytes.
+        block_bytes: bytes of it that a block takes.
+    """
+    if vllm_config.model_config.original_max_model_len == -1:
+        # vLLM then fits the length to the cache.
+        return
+    needed = _blocks_of_one_request(vllm_config, sizing.block_size)
+    if budget // block_bytes >= needed:
+        return
+    fits = max(0, budget // block_bytes - 1) * sizing.block_size
+    raise TailorKVError(
+        f"{name} holds {fits:,} tokens, but one request may have "
+        f"{vllm_config.model_config.max_model_len:,}; give at least "
+        f"{needed * block_bytes / GIB:.3f} GiB, or lower --max-model-len to {fits:,}"
+    )
+
+
+def check_budgets(vllm_config: VllmConfig) -> None:
+    """Check what is known of the budgets before the engine starts: those given as numbers.
+
+    Raises:
+        TailorKVError: one of them cannot hold one request of the model's length.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1 or model.get_sliding_window() is not None:
+        # Which layers a worker has is known there.
+        return
+    settings = load_settings(vllm_config)
+    layouts = {
+        layer: PageLayout(
+            kind=settings.kind(layer),
+            num_kv_heads=model.get_num_kv_heads(parallel),
+            head_size=model.get_head_size(),
+            block_size=vllm_config.cache_config.block_size,
+            group_size=settings.config.group_size,
+            bits=settings.config.bits,
+            kv_itemsize=get_dtype_size(model.dtype),
+        )
+        for layer in range(settings.plan.num_layers)
+    }
+    sizing = size_cache(layouts, 0, split=settings.split)
+    gib = settings.config.host_pool_gib
+    if gib is not None:
+        name = f"host_pool_gib={gib:g}"
+        _check_budget(vllm_config, name, sizing, int(gib * GIB), sizing.host_bytes)
+    memory = vllm_config.cache_config.kv_cache_memory_bytes
+    if memory is not None and vllm_config.cache_config.num_gpu_blocks_override is None:
+        shared = sizing.split and gib is None
+        block_bytes = sizing.pool_bytes + (sizing.host_bytes if shared else 0)
+        name = f"--kv-cache-memory-bytes (or VLLM_CPU_KVCACHE_SPACE) of {memory / GIB:.3f} GiB"
+        _check_budget(vllm_config, name, sizing, memory, block_bytes)
 
 
 def bound_memory(vllm_config: VllmConfig, sizing: CacheSizing | None, available: int) -> int:
@@ -47,17 +110,10 @@ def bound_memory(vllm_config: VllmConfig, sizing: CacheSizing | None, available:
     if sizing is None:
         return available
     gib = load_settings(vllm_config).config.host_pool_gib
-    pool = _pool_bytes(gib)
-    if sizing.split and pool is not None and vllm_config.model_config.original_max_model_len != -1:
-        tokens = vllm_config.model_config.max_model_len
-        needed = -(-tokens // sizing.block_size) + 1
-        if pool // sizing.host_bytes < needed:
-            fits = max(0, pool // sizing.host_bytes - 1) * sizing.block_size
-            raise TailorKVError(
-                f"host_pool_gib={gib:g} holds {fits:,} tokens, but one request may have "
-                f"{tokens:,}; give at least {needed * sizing.host_bytes / GIB:.3f}, or lower "
-                f"--max-model-len to {fits:,}"
-            )
+    if gib is None:
+        return sizing.memory_for_vllm(available, None)
+    pool = int(gib * GIB)
+    _check_budget(vllm_config, f"host_pool_gib={gib:g}", sizing, pool, sizing.host_bytes)
     return sizing.memory_for_vllm(available, pool)
 
 
@@ -70,12 +126,12 @@ def check_and_log(vllm_config: VllmConfig, sizing: CacheSizing | None, num_block
     if sizing is None:
         return
     settings = load_settings(vllm_config)
-    pool = _pool_bytes(settings.config.host_pool_gib)
-    if pool is not None and num_blocks * sizing.host_bytes > pool:
+    gib = settings.config.host_pool_gib
+    if gib is not None and num_blocks * sizing.host_bytes > gib * GIB:
         raise TailorKVError(
             f"--num-gpu-blocks-override {num_blocks} needs "
             f"{num_blocks * sizing.host_bytes / GIB:.3f} GiB of host pool, host_pool_gib is "
-            f"{settings.config.host_pool_gib:g}; raise it, or lower the override"
+            f"{gib:g}; raise it, or lower the override"
         )
     config, block = settings.config, sizing.block_size
     for line in sizing.describe(num_blocks):

@@ -7,6 +7,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
+from vllm_tailorkv.attention.budget import check_budgets
 from vllm_tailorkv.attention.name import LOGGER
 from vllm_tailorkv.attention.settings import load_settings
 from vllm_tailorkv.errors import TailorKVError
@@ -96,6 +97,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
             f"--block-size {block_size} is no multiple of group_size {settings.config.group_size}",
             f"give a multiple of {settings.config.group_size}",
         )
+    check_budgets(vllm_config)
     for op in OPS:
         choose(op, torch.device("cpu").type)
     if vllm_config.model_config.get_sliding_window() is not None:

@@ -12,14 +12,14 @@ import openai
 from vllm_tailorkv.demo.server import MODEL_NAME, VllmServer
 from vllm_tailorkv.demo.text import Haystack, PlacedNeedle
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 1.0
 # A prefill of 128k tokens takes a quarter of an hour on two cores.
 _REQUEST_TIMEOUT_SECONDS = 7200.0
 _TIMED_TOKENS = 32
 _TIMED_STREAMS = 5
 
 OnWait = Callable[[str], None]
-"""Called every half second of a wait, with what there is to say."""
+"""Called every second or so of a wait, with what there is to say."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _prefill_progress(server: VllmServer, num_tokens: int) -> str:
     tokens = server.cached_tokens()
     if tokens is None:
         return server.last_log_line()
-    return f"{min(tokens, num_tokens):,} of {num_tokens:,} tokens read; {server.last_log_line()}"
+    return f"{min(tokens, num_tokens):,} of {num_tokens:,} tokens read"
 
 
 def _complete(client: openai.OpenAI, prompt: str, max_tokens: int) -> str:
