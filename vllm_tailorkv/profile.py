@@ -116,7 +116,7 @@ def read_profile(path: Path, shape: ModelShape) -> LayerPlan:
     except ValidationError as error:
         first = error.errors()[0]
         raise TailorKVError(
-            f"profile={str(path)!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            f"profile={str(path)!r}: {': '.join([*map(str, first['loc']), first['msg']])}"
         ) from None
     if profile.schema_version != SCHEMA_VERSION:
         raise TailorKVError(

@@ -2,9 +2,10 @@
 
 A small model of vLLM's scheduler and block pool serves random requests: chunked prompts,
 decode steps with drafts of which some are rejected, shared prefixes, preemption, blocks in any
-order, memory full of garbage. The K and V of a token follow from the tokens up to it. The pages
-are written by the functions that `TailorKVImpl.forward` and the metadata builder call. After every step, the records of
-every complete group of every live request must be those of the reference, made from scratch.
+order, memory full of garbage. The K and V of a token follow from the tokens up to it. The
+functions that `TailorKVImpl.forward` and the metadata builder call write the pages. After every
+step, the records of every complete group of every live request must be those of the reference,
+made from scratch.
 """
 
 import os
@@ -254,11 +255,9 @@ class Scheduler:
             if request.computed < len(request):
                 continue
             for draft in [*work.drafts, None]:
-                request.extend([self.rng.randrange(3)])
-                if (
-                    draft is None
-                    or hashes_after(request.hashes[-2], [draft]) != request.hashes[-1:]
-                ):
+                token = self.rng.randrange(3)
+                request.extend([token])
+                if token != draft:
                     break
                 request.computed += 1
                 self.accepted += 1

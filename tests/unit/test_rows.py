@@ -1,10 +1,18 @@
 """The rows of a batch against loops over its requests and tokens."""
 
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from vllm_tailorkv.attention.metadata import TailorKVMetadataBuilder
 from vllm_tailorkv.attention.rows import completed_groups, decode_mask, token_indices
+from vllm_tailorkv.config import TailorKVConfig
+from vllm_tailorkv.layout import DerivedKind
 
 # Requests as (tokens before this step, tokens of this step); padding has none at all.
 requests = st.lists(
@@ -46,12 +54,12 @@ def test_decode_mask_boundary() -> None:
     order=st.randoms(use_true_random=False),
 )
 def test_completed_groups(
-    lengths: list[tuple[int, int]], sizes: tuple[int, int], order: object
+    lengths: list[tuple[int, int]], sizes: tuple[int, int], order: random.Random
 ) -> None:
     group_size, block_size = sizes
     width = 1000 // block_size + 2
     free = list(range(len(lengths) * width))
-    order.shuffle(free)  # type: ignore[attr-defined]
+    order.shuffle(free)
     table = [free[i * width : (i + 1) * width] for i in range(len(lengths))]
     groups = completed_groups(
         torch.tensor([new for _, new in lengths], dtype=torch.int32),
@@ -82,3 +90,34 @@ def test_token_indices(counts: list[int], data: st.DataObject) -> None:
     expected = [token for i in chosen for token in range(starts[i], starts[i + 1])]
     assert indices.dtype == torch.int64
     assert indices.tolist() == expected
+
+
+@pytest.mark.parametrize("kind", list(DerivedKind))
+@given(
+    length=st.integers(1, 2000),
+    group_size=st.sampled_from([32, 64, 128]),
+    residual=st.integers(0, 300),
+    recent=st.integers(1, 300),
+)
+def test_boundary_of_the_exact_tail(
+    kind: DerivedKind, length: int, group_size: int, residual: int, recent: int
+) -> None:
+    """What lies before it is in complete groups, and the newest tokens lie after it."""
+    config = TailorKVConfig(
+        residual_tokens=residual, recent_tokens=recent, sink_tokens=0, topk_tokens=1
+    )
+    assume(length > config.exact_below)  # else it is attended in full
+    builder: Any = SimpleNamespace(
+        spec=SimpleNamespace(kind=kind, group_size=group_size), config=config
+    )
+    lengths = torch.tensor([length], dtype=torch.int32)
+    boundary = TailorKVMetadataBuilder._boundary(builder, lengths)
+    assert boundary.dtype == torch.int32
+    start = int(boundary)
+    complete = length // group_size * group_size
+    assert 0 <= start <= complete
+    if kind is DerivedKind.DENSE:
+        assert start % group_size == 0
+        assert start <= max(0, length - residual) < start + group_size
+    else:
+        assert start == min(complete, length - recent)
