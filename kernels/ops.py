@@ -182,7 +182,7 @@ def sparse_decode_attention(
             attend to the same tokens.
         block_table: int32 [R, max_blocks].
         seq_lens: int32 [R]; tokens in context.
-        tail_start: int32 [R], at least `min(sink_tokens, seq_len)`.
+        tail_start: int32 [R]; sinks and tail may overlap, a token counts once.
         sink_tokens: tokens always kept at the start.
         scale: factor on q.k before the softmax.
         softcap: if positive, scores become `softcap * tanh(score / softcap)`.

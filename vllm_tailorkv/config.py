@@ -7,7 +7,7 @@ They come from vLLM's `--additional-config '{"tailorkv": {...}}'`; an environmen
 import json
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_tailorkv import envs
 from vllm_tailorkv.errors import TailorKVError
@@ -78,6 +78,14 @@ class TailorKVConfig(BaseModel):
         description='GiB of each worker\'s host pool with placement="split". Default on CPU: '
         "its share of vLLM's cache memory.",
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            # Python would take them for 0 and 1.
+            raise ValueError("must not be a boolean")
+        return value
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

@@ -136,6 +136,17 @@ def _published() -> Iterator[dict[str, Any]]:
     yield from json.loads(text)["profiles"]
 
 
+def _base_name(model: str) -> str:
+    """A model's name without its owner, in lower case, also from the hub's cache folder.
+
+    Offline, vLLM names a model by its snapshot, `.../models--owner--name/snapshots/<hash>`.
+    """
+    for part in Path(model).parts:
+        if part.startswith("models--"):
+            return part.rpartition("--")[2].lower()
+    return Path(model).name.lower()
+
+
 def layer_plan(profile: str | DensePlan | None, shape: ModelShape) -> LayerPlan:
     """The plan of a model: as asked, else beside it, else as published, else layers 0 and 1.
 
@@ -149,7 +160,7 @@ def layer_plan(profile: str | DensePlan | None, shape: ModelShape) -> LayerPlan:
     neighbour = Path(shape.name) / NEIGHBOUR
     if neighbour.is_file():
         return read_profile(neighbour, shape)
-    name = Path(shape.name).name.lower()
+    name = _base_name(shape.name)
     for entry in _published():
         known = ModelShape(
             shape.name,

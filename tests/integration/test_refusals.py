@@ -30,6 +30,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], list[str]]] = [
     ("block size", {}, {"block_size": 96}, ["--block-size 96", "group_size 64"]),
     ("group size", {"group_size": 128}, {"block_size": 64}, ["--block-size 64", "128"]),
     ("fp8 cache", {}, {"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8", "auto"]),
+    ("another cache dtype", {}, {"kv_cache_dtype": "bfloat16"}, ["bfloat16", "torch.float32"]),
     ("connector", {}, {"kv_transfer_config": CONNECTOR}, ["KV connectors", "--kv-transfer-config"]),
     ("channels", {"critical_channels": 65}, {}, ["critical_channels=65", "64"]),
     (

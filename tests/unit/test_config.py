@@ -215,3 +215,9 @@ def test_token_budget(options: dict[str, Any], budget: int, exact: int) -> None:
     config = load_config(options)
     assert config.budget_tokens == budget
     assert config.exact_below == exact
+
+
+@pytest.mark.parametrize("option", ["bits", "topk_tokens", "host_pool_gib"])
+def test_booleans_are_refused(option: str) -> None:
+    with pytest.raises(TailorKVError, match=f"{option}=True: must not be a boolean"):
+        load_config({option: True})

@@ -187,3 +187,9 @@ def test_no_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(TailorKVError, match="give a path") as caught:
         layer_plan(path, SHAPE)
     assert path.rstrip("/.") in str(caught.value)
+
+
+def test_a_snapshot_of_the_hubs_cache_keeps_its_name() -> None:
+    name = "cache/models--meta-llama--Llama-3.1-8B-Instruct/snapshots/0123abc"
+    plan = layer_plan(None, ModelShape(name, "LlamaForCausalLM", 32, 8, 128))
+    assert plan.dense == (0,)

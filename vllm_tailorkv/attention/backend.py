@@ -12,7 +12,6 @@ from vllm_tailorkv.attention.impl import TailorKVImpl
 from vllm_tailorkv.attention.metadata import TailorKVMetadataBuilder
 from vllm_tailorkv.attention.name import NAME
 from vllm_tailorkv.attention.spec import TailorKVSpec
-from vllm_tailorkv.attention.support import KV_CACHE_DTYPES
 
 
 class TailorKVBackend(AttentionBackend):
@@ -24,7 +23,7 @@ class TailorKVBackend(AttentionBackend):
         torch.float16,
         torch.float32,
     ]
-    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = list(KV_CACHE_DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "bfloat16", "float16"]
 
     @staticmethod
     def get_supported_kernel_block_sizes(

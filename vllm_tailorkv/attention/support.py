@@ -15,12 +15,20 @@ from vllm_tailorkv.kernels.dispatch import OPS, choose
 
 logger = init_logger(LOGGER)
 
-KV_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 OTHER_BACKEND = "leave --attention-backend out to use vLLM's own"
 
 
 def _refuse(problem: str, remedy: str = OTHER_BACKEND) -> None:
     raise TailorKVError(f"--attention-backend tailorkv: {problem}; {remedy}")
+
+
+def _check_cache_dtype(cache_dtype: str, dtype: torch.dtype) -> None:
+    """The host tier holds K and V as the model computes them."""
+    if cache_dtype not in ("auto", str(dtype).removeprefix("torch.")):
+        _refuse(
+            f"--kv-cache-dtype {cache_dtype} is not supported for a model in {dtype}",
+            "leave it at auto: the derived tier is already quantized (option bits)",
+        )
 
 
 def check_layer(config: AttentionSelectorConfig) -> None:
@@ -35,11 +43,7 @@ def check_layer(config: AttentionSelectorConfig) -> None:
         _refuse(f"attention of type {config.attn_type!r} is not supported, only decoder attention")
     if config.has_sink:
         _refuse("attention sinks are not supported")
-    if config.kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
-        _refuse(
-            f"--kv-cache-dtype {config.kv_cache_dtype} is not supported",
-            "leave it at auto: the derived tier is already quantized (option bits)",
-        )
+    _check_cache_dtype(config.kv_cache_dtype or "auto", config.dtype)
     if config.use_mm_prefix or config.use_non_causal:
         _refuse("attention that is not causal is not supported")
     if config.use_per_head_quant_scales:
@@ -68,11 +72,7 @@ def _check_features(vllm_config: VllmConfig) -> None:
         _refuse(f"{model.hf_config.model_type} keeps a recurrent state, which is not supported")
     if getattr(model.hf_config, "alibi", False):
         _refuse("ALiBi is not supported")
-    if cache.cache_dtype not in KV_CACHE_DTYPES:
-        _refuse(
-            f"--kv-cache-dtype {cache.cache_dtype} is not supported",
-            "leave it at auto: the derived tier is already quantized (option bits)",
-        )
+    _check_cache_dtype(cache.cache_dtype, model.dtype)
     if vllm_config.kv_transfer_config is not None:
         _refuse("KV connectors are not supported", "leave --kv-transfer-config out")
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
