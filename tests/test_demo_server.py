@@ -92,6 +92,20 @@ def test_failed_start_names_the_cause(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert caught.value.log == server.log
 
 
+def test_refused_options_are_the_cause_however_vllm_warns(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = """
+        print("(APIServer pid=6) WARNING 11-21 02:19:53 [cpu.py:9] Errors may follow")
+        print("vllm-tailorkv: error: bits=3: Input should be 1, 2 or 4")
+        raise SystemExit(1)
+        """
+    server = fake_server(monkeypatch, tmp_path, script)
+    with pytest.raises(ServerError) as caught, server:
+        server.wait_until_healthy(lambda _: None, timeout=20)
+    assert caught.value.log_lines == ("vllm-tailorkv: error: bits=3: Input should be 1, 2 or 4",)
+
+
 def test_slow_start_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     server = fake_server(monkeypatch, tmp_path, "import time; time.sleep(60)")
     with pytest.raises(ServerError, match="not ready after 0 s"), server:
