@@ -25,7 +25,7 @@ _POLL_SECONDS = 0.5
 _STOP_GRACE_SECONDS = 10.0
 _FEW_CORES = 4
 _GIB = 2**30
-# What the processes of a server need beside the KV cache; measured at 2.4 GiB for the demo model.
+# What the processes of a server need beside the KV cache; measured at 2 GiB for the demo model.
 _PROCESS_BYTES = 3 * _GIB
 
 _LOG_PREFIX = re.compile(r"^(\([^)]*\) *)?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] *)?")
