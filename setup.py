@@ -76,7 +76,15 @@ setup(
     package_dir={f"vllm_tailorkv.{name}": name for name in TOP_LEVEL},
     package_data={"vllm_tailorkv.data": ["*.json"]},
     python_requires=">=3.11",
-    install_requires=["httpx", "openai", "packaging", "pydantic", "rich", "safetensors", "tokenizers"],
+    install_requires=[
+        "httpx",
+        "openai",
+        "packaging",
+        "pydantic",
+        "rich",
+        "safetensors",
+        "tokenizers",
+    ],
     extras_require={"vllm": ["vllm>=0.32,<0.33"], "test": ["pytest", "hypothesis"]},
     entry_points={
         "console_scripts": ["vllm-tailorkv = vllm_tailorkv.cli:main"],
