@@ -116,8 +116,8 @@ def score_tokens(
     """Approximate scores `q.k` of the middle tokens of sparse layers (section 3.3).
 
     With a `OnebitIndex`, K is what its codes say, and an implementation may look scores up
-    in tables of bytes: a score is then off by at most 1.5e-2 of the row's largest magnitude,
-    well below the error of one bit itself. With a `ChannelIndex`, only the
+    in tables of bytes: a score is then off by about 1% of the largest magnitude (tested: at
+    most 1.5%, over the rows of a call), below the error of one bit itself. With a `ChannelIndex`, only the
     `critical_channels` channels with the largest `max_i |q_i| * max_t |K[t]|` count (the
     maximum over the groups that overlap `[0, tail_start)`; the lower channel first among
     equals), and they are read from the host pages.

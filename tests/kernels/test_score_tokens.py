@@ -7,9 +7,13 @@ from vllm_tailorkv.kernels import ops, reference
 from vllm_tailorkv.layout import DerivedKind, KeyLayout
 
 LENGTHS = [1, 70, 129, 1000, 400]
-# Of the largest magnitude of all rows. One instruction set looks up sums of the onebit index in
-# tables of bytes (csrc/cpu/byte_lut.h).
-TOLERANCE = {DerivedKind.ONEBIT: 1.5e-2, DerivedKind.CHANNELS: 1e-5}
+
+
+def tolerance(kind):
+    """Of the largest magnitude of all rows; looser where sums come from tables of bytes."""
+    bytewise = torch.ops.vllm_tailorkv.isa() == "avx512_gfni"
+    return 1.5e-2 if bytewise and kind is DerivedKind.ONEBIT else 1e-5
+
 
 CASES = [
     # dtype, layout, heads, Q, head_size, block_size, group_size
@@ -75,7 +79,7 @@ def test_equals_reference(
     arguments = (context, query, tail_start, sink_tokens, size)
     expected = run(reference.score_tokens, *arguments)
     actual = run(cpu.score_tokens, *arguments)
-    limit = TOLERANCE[kind] * expected.nan_to_num().abs().amax()
+    limit = tolerance(kind) * expected.nan_to_num().abs().amax()
     for row, end in enumerate(tail_start.tolist()):
         middle = slice(sink_tokens, max(sink_tokens, end))
         error = (actual[row, :, middle] - expected[row, :, middle]).abs()
@@ -90,7 +94,7 @@ def test_split_over_threads(cpu, build_context, error_of, threads, kind, count):
     expected = run(reference.score_tokens, *arguments)
     threads(count)
     actual = run(cpu.score_tokens, *arguments)
-    assert error_of(actual[..., 8:], expected[..., 8:]) < TOLERANCE[kind]
+    assert error_of(actual[..., 8:], expected[..., 8:]) < tolerance(kind)
 
 
 def test_ties_between_channels(cpu, build_context, error_of):
