@@ -117,8 +117,9 @@ def score_tokens(
 
     With a `OnebitIndex`, K is what its codes say, and an implementation may look scores up
     in tables of bytes: a score is then off by about 1% of the largest magnitude (tested: at
-    most 1.5%, over the rows of a call), below the error of one bit itself. With a `ChannelIndex`, only the
-    `critical_channels` channels with the largest `max_i |q_i| * max_t |K[t]|` count (the
+    most 1.5%, over the rows of a call), below the error of one bit itself.
+
+    With a `ChannelIndex`, only the `critical_channels` channels with the largest `max_i |q_i| * max_t |K[t]|` count (the
     maximum over the groups that overlap `[0, tail_start)`; the lower channel first among
     equals), and they are read from the host pages.
 
