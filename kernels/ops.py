@@ -119,9 +119,9 @@ def score_tokens(
     in tables of bytes: a score is then off by about 1% of the largest magnitude (tested: at
     most 1.5%, over the rows of a call), below the error of one bit itself.
 
-    With a `ChannelIndex`, only the `critical_channels` channels with the largest `max_i |q_i| * max_t |K[t]|` count (the
-    maximum over the groups that overlap `[0, tail_start)`; the lower channel first among
-    equals), and they are read from the host pages.
+    With a `ChannelIndex`, only the `critical_channels` channels with the largest `max_i
+    |q_i| * max_t |K[t]|` count (the maximum over the groups that overlap `[0, tail_start)`;
+    the lower channel first among equals), and they are read from the host pages.
 
     Args:
         scores: float32 [R, Hk, S], S >= max(tail_start); entry t is written for
