@@ -80,6 +80,7 @@ setup(
         "httpx",
         "openai",
         "packaging",
+        "psutil",
         "pydantic",
         "rich",
         "safetensors",

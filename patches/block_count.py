@@ -14,6 +14,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 
         sizings = [budget.cache_sizing(vllm_config, specs) for specs in kv_cache_specs]
         if not any(sizings):
+            budget.require_a_layer(vllm_config)
             return original(vllm_config, kv_cache_specs, available_memory)
         memory = [
             budget.bound_memory(vllm_config, sizing, available)

@@ -40,6 +40,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], list[str]]] = [
         ["host_pool_gib=0.001", "--max-model-len"],
     ),
     (
+        "host pool beyond the memory",
+        {"placement": "split", "host_pool_gib": 100000},
+        {},
+        ["host_pool_gib=100000", "GiB of memory available"],
+    ),
+    (
         "override beyond the host pool",
         {"placement": "split", "host_pool_gib": 0.0625},
         {"num_gpu_blocks_override": 1000},
@@ -97,6 +103,7 @@ def test_cache_too_small(random_llama: Path) -> None:
         ("DeepseekV2", {"qk_nope_head_dim": 64, "kv_lora_rank": 64, "q_lora_rank": None}, "MLA"),
         ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "sinks"),
         ("Bloom", {"n_head": 4, "hidden_size": 256}, "ALiBi"),
+        ("Mistral", {"sliding_window": 128}, "no layer with full attention"),
         ("Mamba2", {"num_heads": 8, "head_dim": 64}, "recurrent state"),
     ],
 )

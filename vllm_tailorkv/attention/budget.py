@@ -3,13 +3,14 @@
 import json
 from collections.abc import Mapping
 
+import psutil
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_tailorkv.attention.name import LOGGER
+from vllm_tailorkv.attention.name import LOGGER, NAME
 from vllm_tailorkv.attention.settings import load_settings
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.cache.sizing import GIB, CacheSizing, size_cache
@@ -90,12 +91,32 @@ def check_budgets(vllm_config: VllmConfig) -> None:
     if gib is not None:
         name = f"host_pool_gib={gib:g}"
         _check_budget(vllm_config, name, sizing, int(gib * GIB), sizing.host_bytes)
+        available = psutil.virtual_memory().available
+        if gib * GIB > available:
+            # Untouched pages cost nothing, so the system would end us later, while serving.
+            raise TailorKVError(
+                f"{name} is more than the {available / GIB:.1f} GiB of memory available; lower it"
+            )
     memory = vllm_config.cache_config.kv_cache_memory_bytes
     if memory is not None and vllm_config.cache_config.num_gpu_blocks_override is None:
         shared = sizing.split and gib is None
         block_bytes = sizing.pool_bytes + (sizing.host_bytes if shared else 0)
         name = f"--kv-cache-memory-bytes (or VLLM_CPU_KVCACHE_SPACE) of {memory / GIB:.3f} GiB"
         _check_budget(vllm_config, name, sizing, memory, block_bytes)
+
+
+def require_a_layer(vllm_config: VllmConfig) -> None:
+    """Refuse a model none of whose layers is ours, if our backend was asked for.
+
+    Raises:
+        TailorKVError: all its layers have a sliding window.
+    """
+    backend = vllm_config.attention_config.backend
+    if backend is not None and backend.name == NAME:
+        raise TailorKVError(
+            f"--attention-backend tailorkv: {vllm_config.model_config.model} has no layer with "
+            "full attention (sliding windows are left to vLLM); leave --attention-backend out"
+        )
 
 
 def bound_memory(vllm_config: VllmConfig, sizing: CacheSizing | None, available: int) -> int:
