@@ -236,7 +236,8 @@ def test_caches_of_other_models_are_left_alone() -> None:
         return config, specs, memory
 
     replacement = block_count.PATCH.wrap(original)
-    assert replacement("config", [{}, {}], [5, 7]) == ("config", [{}, {}], [5, 7])
+    config = SimpleNamespace(attention_config=SimpleNamespace(backend=None))
+    assert replacement(config, [{}, {}], [5, 7]) == (config, [{}, {}], [5, 7])
 
 
 HOOK = """
