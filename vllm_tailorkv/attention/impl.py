@@ -1,7 +1,6 @@
 """The attention of one layer: write, derive, attend."""
 
 import weakref
-from dataclasses import dataclass
 
 import torch
 from vllm import _custom_ops as vllm_ops
@@ -9,35 +8,14 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_tailorkv.attention.metadata import DecodeRows, ExactRows, TailorKVMetadata
+from vllm_tailorkv.attention.selection import Pages, Selector, retrieve
 from vllm_tailorkv.attention.settings import load_settings
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.cache.host_pool import allocate_host_pool
-from vllm_tailorkv.cache.views import HostPages, derived_pages, host_pages
+from vllm_tailorkv.cache.views import derived_pages, host_pages
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.kernels import ops
-from vllm_tailorkv.kernels.types import DenseCodes, DerivedPages
-
-
-@dataclass(frozen=True)
-class Pages:
-    """The two tiers of one layer's cache."""
-
-    host: HostPages
-    derived: DerivedPages
-
-
-def reduce_query(query: torch.Tensor, num_kv_heads: int, how: str) -> torch.Tensor:
-    """The queries that a KV head's tokens are scored with.
-
-    Args:
-        query: [R, H, d].
-        how: `mean` of the query heads of a KV head, or `max` of their scores.
-
-    Returns:
-        float32 [R, Hk, Q, d], Q = 1 for `mean`, else H / Hk.
-    """
-    grouped = query.float().unflatten(1, (num_kv_heads, -1))
-    return grouped.mean(2, keepdim=True) if how == "mean" else grouped
+from vllm_tailorkv.kernels.types import DenseCodes
 
 
 class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
@@ -76,6 +54,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         self.config = load_settings(get_current_vllm_config()).config
         self.spec: TailorKVSpec | None = None
         self.pages: Pages | None = None
+        self.selector: Selector = retrieve
 
     def bind(self, layer_name: str, kv_cache: torch.Tensor) -> None:
         """View the layer's pages; allocate its host pool if that is ours.
@@ -193,21 +172,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
                 softcap=self.softcap,
             )
         else:
-            sinks, workspace = self.config.sink_tokens, metadata.workspace
-            shape = (len(part), self.num_kv_heads)
-            scores = workspace.get("scores", (*shape, rows.max_boundary), torch.float32)
-            ops.score_tokens(
-                scores,
-                reduce_query(part, self.num_kv_heads, self.config.query_reduce),
-                derived,
-                host.key,
-                rows.block_table,
-                rows.boundary,
-                sink_tokens=sinks,
-                critical_channels=self.config.critical_channels,
-            )
-            indices = workspace.get("indices", (*shape, self.config.topk_tokens), torch.int32)
-            ops.select_topk(indices, scores, rows.boundary, sink_tokens=sinks)
+            indices = self.selector(part, self.pages, rows, self.config, metadata.workspace)
             ops.sparse_decode_attention(
                 result,
                 part,
@@ -217,7 +182,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
                 rows.block_table,
                 rows.seq_lens,
                 rows.boundary,
-                sink_tokens=sinks,
+                sink_tokens=self.config.sink_tokens,
                 scale=self.scale,
                 softcap=self.softcap,
             )

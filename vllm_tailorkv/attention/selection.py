@@ -1,0 +1,83 @@
+"""Which tokens a sparse layer reads in a decode step (section 3.3 of the paper)."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+from vllm_tailorkv.attention.metadata import DecodeRows
+from vllm_tailorkv.attention.workspace import Workspace
+from vllm_tailorkv.cache.views import HostPages
+from vllm_tailorkv.config import TailorKVConfig
+from vllm_tailorkv.kernels import ops
+from vllm_tailorkv.kernels.types import DenseCodes, DerivedPages
+
+
+class Pages(NamedTuple):
+    """The two tiers of one layer's cache."""
+
+    host: HostPages
+    derived: DerivedPages
+
+
+class Selector(Protocol):
+    """A policy of selection; `retrieve` is ours, others may take its place for comparison."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        pages: Pages,
+        rows: DecodeRows,
+        config: TailorKVConfig,
+        workspace: Workspace,
+    ) -> torch.Tensor:
+        """The tokens between sinks and tail that each row and KV head attends to.
+
+        Args:
+            query: [R, H, d], the model's dtype.
+
+        Returns:
+            int32 [R, Hk, k]: ascending positions, then -1.
+        """
+        ...
+
+
+def reduce_query(query: torch.Tensor, num_kv_heads: int, how: str) -> torch.Tensor:
+    """The queries that a KV head's tokens are scored with.
+
+    Args:
+        query: [R, H, d].
+        how: `mean` of the query heads of a KV head, or `max` of their scores.
+
+    Returns:
+        float32 [R, Hk, Q, d], Q = 1 for `mean`, else H / Hk.
+    """
+    grouped = query.float().unflatten(1, (num_kv_heads, -1))
+    return grouped.mean(2, keepdim=True) if how == "mean" else grouped
+
+
+def retrieve(
+    query: torch.Tensor,
+    pages: Pages,
+    rows: DecodeRows,
+    config: TailorKVConfig,
+    workspace: Workspace,
+) -> torch.Tensor:
+    """Score all middle tokens through the layer's index, take the best. See `Selector`."""
+    host, index = pages
+    assert not isinstance(index, DenseCodes)
+    num_kv_heads = host.key.shape[1]
+    shape = (len(query), num_kv_heads)
+    scores = workspace.get("scores", (*shape, rows.max_boundary), torch.float32)
+    ops.score_tokens(
+        scores,
+        reduce_query(query, num_kv_heads, config.query_reduce),
+        index,
+        host.key,
+        rows.block_table,
+        rows.boundary,
+        sink_tokens=config.sink_tokens,
+        critical_channels=config.critical_channels,
+    )
+    indices = workspace.get("indices", (*shape, config.topk_tokens), torch.int32)
+    ops.select_topk(indices, scores, rows.boundary, sink_tokens=config.sink_tokens)
+    return indices
