@@ -21,11 +21,28 @@ class DensePlan(BaseModel):
     dense_layers: tuple[int, ...]
 
 
+PAPER: dict[str, Any] = {
+    "index": "channels",
+    "critical_channels": 8,
+    "query_reduce": "mean",
+    "sink_tokens": 8,
+    "recent_tokens": 56,
+    "topk_tokens": 128,
+    "bits": 2,
+}
+"""The published setting of LongBench's experiments (TailorKV-2)."""
+
+
 class TailorKVConfig(BaseModel):
     """Options of TailorKV. Defaults are the paper's where it has one (arXiv 2505.19586)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    preset: Literal["default", "paper"] = Field(
+        default="default",
+        description="What options are where they are not given: default is what measured best, "
+        "paper is the published setting.",
+    )
     profile: str | DensePlan | None = Field(
         default=None,
         description="Which layers are dense: the path of a profile, or "
@@ -78,6 +95,15 @@ class TailorKVConfig(BaseModel):
         description='GiB of each worker\'s host pool with placement="split". Default on CPU: '
         "its share of vLLM's cache memory.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") == "paper":
+            other_index = values.get("index", PAPER["index"]) != PAPER["index"]
+            left_out = {"critical_channels"} if other_index else set()
+            return {k: v for k, v in PAPER.items() if k not in left_out} | values
+        return values
 
     @field_validator("*", mode="before")
     @classmethod

@@ -1,0 +1,198 @@
+"""Other ways to select tokens, in plain torch, in the place of ours and at the same budget.
+
+Each follows the published definition of its method as far as selection goes; the tokens selected
+are then attended exactly by the same op as ours. They serve comparison only.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vllm_tailorkv.attention.metadata import DecodeRows
+from vllm_tailorkv.attention.selection import Pages
+from vllm_tailorkv.attention.workspace import Workspace
+from vllm_tailorkv.config import TailorKVConfig
+
+
+def context_of(cache: Tensor, block_table: Tensor, length: int) -> Tensor:
+    """The first `length` tokens of a row: cache [NB, Hk, bs, d] to float32 [Hk, length, d]."""
+    blocks = block_table[: -(-length // cache.shape[2])].long()
+    return cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length].float()
+
+
+def as_indices(chosen: list[Tensor]) -> Tensor:
+    """Positions of each row, int [Hk, n] in any order, to int32 [R, Hk, k], ascending, then -1.
+
+    Negative positions stand for none.
+    """
+    none = torch.iinfo(torch.int32).max
+    widest = max(1, *(positions.shape[1] for positions in chosen))
+    result = torch.full((len(chosen), chosen[0].shape[0], widest), none, dtype=torch.int32)
+    for row, positions in enumerate(chosen):
+        result[row, :, : positions.shape[1]] = positions.int()
+    result[result < 0] = none
+    result = result.sort(-1).values
+    return result.masked_fill(result == none, -1)
+
+
+class Policy:
+    """One layer's policy. Subclasses choose among the middle tokens of one row at a time.
+
+    `scale` is the factor on q.k before the softmax.
+    """
+
+    stateful: ClassVar[bool] = False
+    """It remembers what it saw of a request: requests come one at a time, each announced."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(
+        self,
+        query: Tensor,
+        pages: Pages,
+        rows: DecodeRows,
+        config: TailorKVConfig,
+        workspace: Workspace,
+    ) -> Tensor:
+        """See `Selector`."""
+        del workspace
+        chosen = []
+        for row, end in enumerate(rows.boundary.tolist()):
+            key = context_of(pages.host.key, rows.block_table[row], end)[:, config.sink_tokens :]
+            grouped = query[row].float().unflatten(0, (key.shape[0], -1))
+            count = min(config.topk_tokens, key.shape[1])
+            positions = self.choose(grouped, key, count)
+            none = positions >= key.shape[1]
+            chosen.append((positions + config.sink_tokens).masked_fill(none, -1))
+        return as_indices(chosen)
+
+    def restart(self, question_tokens: int) -> None:
+        """A new request begins, whose first steps are a question of so many tokens."""
+
+    def choose(self, query: Tensor, key: Tensor, count: int) -> Tensor:
+        """`count` of n tokens: query [Hk, G, d], key [Hk, n, d] to int [Hk, count].
+
+        Positions from n on stand for none.
+        """
+        raise NotImplementedError
+
+    def weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """Attention over these tokens, summed over the heads of a KV head: [Hk, n]."""
+        scores = torch.einsum("hgd,hnd->hgn", query, key) * self.scale
+        return scores.softmax(-1).sum(1)
+
+
+class Oracle(Policy):
+    """The tokens that truly weigh most: what a budget allows."""
+
+    def choose(self, query: Tensor, key: Tensor, count: int) -> Tensor:
+        """See `Policy.choose`."""
+        return self.weights(query, key).topk(count, dim=-1).indices
+
+
+class StreamingLLM(Policy):
+    """Sinks and a longer recent window, nothing between (arXiv 2309.17453)."""
+
+    def choose(self, query: Tensor, key: Tensor, count: int) -> Tensor:
+        """See `Policy.choose`."""
+        return torch.arange(key.shape[1] - count, key.shape[1]).expand(key.shape[0], -1)
+
+
+class Quest(Policy):
+    """Whole pages by the upper bound that their extremes of K allow (arXiv 2406.10774)."""
+
+    page = 16
+
+    def choose(self, query: Tensor, key: Tensor, count: int) -> Tensor:
+        """See `Policy.choose`."""
+        length = key.shape[1]
+        padding = -length % self.page
+        low = torch.nn.functional.pad(key, (0, 0, 0, padding), value=float("inf"))
+        high = torch.nn.functional.pad(key, (0, 0, 0, padding), value=float("-inf"))
+        low = low.unflatten(1, (-1, self.page)).amin(2)
+        high = high.unflatten(1, (-1, self.page)).amax(2)
+        bound = torch.maximum(query[:, :, None] * low[:, None], query[:, :, None] * high[:, None])
+        bound = (bound.sum(-1) * self.scale).amax(1)
+        pages = bound.topk(min(max(1, count // self.page), bound.shape[1]), dim=-1).indices
+        # The last page may be a part: what lies beyond the length is none.
+        return (pages[..., None] * self.page + torch.arange(self.page)).flatten(1)
+
+
+class SnapKV(Policy):
+    """What the question's tokens looked at is kept, the rest is dropped (arXiv 2404.14469).
+
+    The steps of the question see everything; the choice made after them stays.
+    """
+
+    stateful = True
+    pooling = 7
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(scale)
+        self.restart(1)
+
+    def restart(self, question_tokens: int) -> None:
+        """See `Policy.restart`."""
+        self._left, self._votes, self._kept = question_tokens, None, None
+
+    _votes: Tensor | None
+    _kept: Tensor | None
+
+    def choose(self, query: Tensor, key: Tensor, count: int) -> Tensor:
+        """See `Policy.choose`."""
+        heads, length, _ = key.shape
+        if self._left > 0:
+            self._left -= 1
+            votes = self.weights(query, key)
+            if self._votes is not None:
+                votes[:, : self._votes.shape[1]] += self._votes
+            self._votes = votes
+            return torch.arange(length).expand(heads, -1)
+        if self._kept is None:
+            assert self._votes is not None
+            pooled = torch.nn.functional.max_pool1d(
+                self._votes[None], self.pooling, stride=1, padding=self.pooling // 2
+            )[0]
+            self._kept = pooled.topk(min(count, pooled.shape[1]), dim=-1).indices
+        return self._kept
+
+
+class DoubleSparsity(Policy):
+    """Scores by a few channels of K that were chosen once and for all (arXiv 2408.07092).
+
+    They are those with the largest mean `|q * k|` over the first `calibration` steps seen.
+    """
+
+    share = 1 / 16
+    calibration = 16
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(scale)
+        self._total: Tensor | None = None
+        self._steps = 0
+
+    def choose(self, query: Tensor, key: Tensor, count: int) -> Tensor:
+        """See `Policy.choose`."""
+        if self._steps < self.calibration:
+            weight = (query.abs().sum(1)[:, None] * key.abs()).mean(1)
+            self._total = weight if self._total is None else self._total + weight
+            self._steps += 1
+        assert self._total is not None
+        channels = max(1, round(key.shape[-1] * self.share))
+        kept = self._total.topk(channels, dim=-1).indices
+        narrow_key = key.gather(2, kept[:, None].expand(-1, key.shape[1], -1))
+        narrow_query = query.gather(2, kept[:, None].expand(-1, query.shape[1], -1))
+        scores = torch.einsum("hgd,hnd->hgn", narrow_query, narrow_key) * self.scale
+        return scores.softmax(-1).sum(1).topk(count, dim=-1).indices
+
+
+POLICIES: dict[str, Callable[[float], Policy]] = {
+    "oracle": Oracle,
+    "quest": Quest,
+    "streaming_llm": StreamingLLM,
+    "snapkv": SnapKV,
+    "double_sparsity": DoubleSparsity,
+}

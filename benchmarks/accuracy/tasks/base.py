@@ -1,0 +1,110 @@
+"""What a task is: a long context and questions over it whose answers stand in it."""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+from accuracy import text
+
+_NUM_WORDS = 2048
+_MIN_WORD_CHARS, _MAX_WORD_CHARS = 4, 9
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question. `answer` is a full right answer; every one of `references` must be in it."""
+
+    question: str
+    answer: str
+    references: tuple[str, ...]
+
+    def score(self, completion: str) -> float:
+        """Share of the references found in `completion` as whole words (RULER's string match)."""
+        found = (
+            re.search(rf"(?<!\w){re.escape(reference)}(?!\w)", completion) is not None
+            for reference in self.references
+        )
+        return sum(found) / len(self.references)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A context and the questions over it."""
+
+    context: str
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What tasks draw from: randomness, lines of real text, and the length of a text in tokens.
+
+    A newline is a token of its own, so the length of a text is the sum over its lines.
+    """
+
+    rng: random.Random
+    lines: Iterator[str]
+    count_tokens: Callable[[str], int]
+
+    def number(self) -> str:
+        """Six digits, no group of three beginning with zero."""
+        return f"{self.rng.randrange(100, 1000)}{self.rng.randrange(100, 1000)}"
+
+    def long_code(self) -> str:
+        """A value in the manner of a UUID: four groups of digits."""
+        return "-".join(str(self.rng.randrange(100, 1000)) for _ in range(4))
+
+    def keys(self) -> Iterator[str]:
+        """Different names of one or two words, without end."""
+        seen: set[str] = set()
+        while True:
+            key = "-".join(self.rng.choices(words(), k=self.rng.choice((1, 2))))
+            if key not in seen:
+                seen.add(key)
+                yield key
+
+    def haystack(self, facts: Sequence[str], num_tokens: int, filler: Iterator[str]) -> str:
+        """`facts` in order at random depths of `filler`; at most `num_tokens` tokens in all."""
+        budget = num_tokens - sum(map(self.count_tokens, facts))
+        pieces: list[str] = []
+        for line in filler:
+            budget -= self.count_tokens(line)
+            if budget < 0:
+                break
+            pieces.append(line)
+        depths = sorted(self.rng.randrange(len(pieces) + 1) for _ in facts)
+        for depth, fact in reversed(list(zip(depths, facts, strict=True))):
+            pieces.insert(depth, fact)
+        return "".join(pieces)
+
+
+class Task(Protocol):
+    """Makes examples of about `num_tokens` tokens, context and turns together."""
+
+    @property
+    def name(self) -> str:
+        """Its name on the command line."""
+        ...
+
+    @property
+    def conversation(self) -> bool:
+        """The turns are one conversation, the model's own answers part of it; else each is new."""
+        ...
+
+    def make(self, source: Source, num_tokens: int, num_turns: int) -> Example:
+        """An example; the same for the same state of `source`."""
+        ...
+
+
+@cache
+def words() -> tuple[str, ...]:
+    """The 2048 most frequent lower-case words of the evaluation text."""
+    counts: Counter[str] = Counter()
+    for _, document in text.documents(text.EVALUATION_PACKAGES):
+        counts.update(re.findall(r"\b[a-z]+\b", document))
+    usual = (w for w, _ in counts.most_common() if _MIN_WORD_CHARS <= len(w) <= _MAX_WORD_CHARS)
+    return tuple(sorted(word for word, _ in zip(usual, range(_NUM_WORDS), strict=False)))

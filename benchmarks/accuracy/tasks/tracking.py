@@ -1,0 +1,70 @@
+"""Following references: RULER's variable tracking, and long chains of links."""
+
+from dataclasses import dataclass
+from itertools import islice, pairwise
+
+from accuracy.tasks.base import Example, Source, Turn
+
+_QUESTION_TOKENS = 50
+
+
+@dataclass(frozen=True)
+class VariableTracking:
+    """A number is given to a variable and handed on from one to the next; name all of them."""
+
+    name: str = "variable_tracking"
+    conversation: bool = False
+    hops: int = 4
+
+    def make(self, source: Source, num_tokens: int, num_turns: int) -> Example:
+        """See `Task.make`."""
+        keys = source.keys()
+        chains = [list(islice(keys, self.hops + 1)) for _ in range(num_turns)]
+        numbers = [source.number() for _ in chains]
+        # Chains are woven into each other, each in its own order.
+        queues = [
+            [f"Let {a} be {b}.\n" for a, b in zip(chain, [number, *chain], strict=False)]
+            for chain, number in zip(chains, numbers, strict=True)
+        ]
+        facts = []
+        while any(queues):
+            facts.append(source.rng.choice([queue for queue in queues if queue]).pop(0))
+        context = source.haystack(facts, num_tokens - _QUESTION_TOKENS * num_turns, source.lines)
+        turns = (
+            Turn(f"\nAll names of {number}:", f" {', '.join(chain)}.\n", tuple(chain))
+            for chain, number in zip(chains, numbers, strict=True)
+        )
+        return Example(context, tuple(turns))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A path through links scattered over the text; every step of the long answer looks back."""
+
+    name: str = "long_generation"
+    conversation: bool = False
+    steps: int = 40
+
+    def make(self, source: Source, num_tokens: int, num_turns: int) -> Example:
+        """See `Task.make`. `steps` are fewer where `num_tokens` is small."""
+        steps = max(3, min(self.steps, num_tokens // (40 * num_turns)))
+        keys = source.keys()
+        paths = [list(islice(keys, steps + 1)) for _ in range(num_turns)]
+        facts = [link(a, b) for path in paths for a, b in pairwise(path)]
+        reserved = sum(map(source.count_tokens, facts)) + 20 * num_turns
+        source.rng.shuffle(facts)
+        context = source.haystack(facts, num_tokens - reserved, source.lines)
+        return Example(context, tuple(map(_follow, paths)))
+
+
+def link(here: str, there: str) -> str:
+    """The line that leads from `here` to `there`."""
+    return f"From {here} go to {there}.\n"
+
+
+def _follow(path: list[str]) -> Turn:
+    """Begun with the first link, so that only what stands in the context is to be found."""
+    start, *rest = path
+    answer = "".join(link(a, b) for a, b in zip(path, rest, strict=False))
+    begun = f"From {start} go to"
+    return Turn(f"\nThe path:\n{begun}", answer.removeprefix(begun), tuple(rest))

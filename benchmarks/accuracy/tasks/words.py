@@ -1,0 +1,57 @@
+"""Counting: RULER's common and frequent words."""
+
+from dataclasses import dataclass
+
+from accuracy.tasks.base import Example, Source, Turn, words
+
+
+@dataclass(frozen=True)
+class CommonWords:
+    """A list in which `common` words stand ten times as often as all others."""
+
+    name: str = "common_words"
+    conversation: bool = False
+    common: int = 10
+    ratio: int = 10
+
+    def make(self, source: Source, num_tokens: int, num_turns: int) -> Example:
+        """See `Task.make`. One list, hence one turn."""
+        del num_turns
+        pool = source.rng.sample(words(), len(words()))
+        common, others = pool[: self.common], pool[self.common :]
+        per_word = source.count_tokens(" ".join(pool)) / len(pool) + 1
+        slots = int((num_tokens - 8 * self.common - 20) / per_word)
+        rare_repeats = max(1, slots // (8 * self.common * self.ratio))
+        listed = common * (rare_repeats * self.ratio)
+        rare = others[: max(0, slots - len(listed)) // rare_repeats]
+        listed += rare * rare_repeats
+        source.rng.shuffle(listed)
+        rows = [listed[i : i + 10] for i in range(0, len(listed), 10)]
+        context = "".join(f"{', '.join(row)}\n" for row in rows)
+        return Example(
+            context, (Turn("\nThe most common words:", f" {', '.join(common)}.\n", tuple(common)),)
+        )
+
+
+@dataclass(frozen=True)
+class FrequentWords:
+    """Words whose frequencies fall as a power of their rank; the first three are asked."""
+
+    name: str = "frequent_words"
+    conversation: bool = False
+    alpha: float = 2.0
+    asked: int = 3
+
+    def make(self, source: Source, num_tokens: int, num_turns: int) -> Example:
+        """See `Task.make`. One text, hence one turn."""
+        del num_turns
+        pool = source.rng.sample(words(), 200)
+        weights = [1 / (rank + 1) ** self.alpha for rank in range(len(pool))]
+        per_word = source.count_tokens(" ".join(pool)) / len(pool) + 0.1
+        drawn = source.rng.choices(pool, weights, k=int((num_tokens - 40) / per_word))
+        rows = [drawn[i : i + 10] for i in range(0, len(drawn), 10)]
+        context = "".join(f"{' '.join(row)}\n" for row in rows)
+        top = pool[: self.asked]
+        return Example(
+            context, (Turn("\nThe most frequent words:", f" {', '.join(top)}.\n", tuple(top)),)
+        )

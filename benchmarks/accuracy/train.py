@@ -1,0 +1,324 @@
+"""Train the retriever that `benchmarks/accuracy.py` measures on.
+
+    python benchmarks/accuracy/train.py --out benchmarks/accuracy/retriever
+    python benchmarks/accuracy/train.py --out /tmp/large --layers 8 --hidden 512 --device cuda
+
+Interrupted, it goes on from the last state saved when started again with the same options. The
+same seed on the same machine gives the same weights.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from accuracy import text, tokenizer
+from accuracy.retriever import Retriever, Shape, save_weights
+from accuracy.tasks import TASKS, Source
+
+# How often a task is drawn, relative to the others; what teaches most is drawn most.
+TASK_WEIGHTS = {
+    "plain_text": 2.0,
+    "single_2": 1.0,
+    "single_3": 1.0,
+    "multikey_1": 1.0,
+    "multikey_2": 4.0,
+    "multikey_3": 2.0,
+    "multivalue": 1.0,
+    "multiquery": 2.0,
+    "variable_tracking": 2.0,
+    "common_words": 0.5,
+    "frequent_words": 0.5,
+    "question_answering": 2.0,
+    "copy": 2.0,
+    "long_generation": 2.0,
+}
+# Tokens that a turn and its facts need at the most, so that a short sequence can hold them.
+TOKENS_PER_TURN = {
+    "single_2": 72,
+    "single_3": 90,
+    "multikey_1": 110,
+    "multikey_2": 72,
+    "multikey_3": 90,
+    "multivalue": 160,
+    "multiquery": 280,
+    "variable_tracking": 200,
+    "common_words": 250,
+    "frequent_words": 128,
+    "question_answering": 110,
+    "copy": 128,
+    "long_generation": 128,
+}
+TEXT_LOSS_WEIGHT = 0.1
+# Share of the steps at each length; the tokens of a step stay the same.
+CURRICULUM = ((0.05, 128), (0.10, 256), (0.30, 512), (0.30, 1024), (0.25, 2048))
+# At the shortest length only this is taught: any tokens, said again. What else is to be looked up
+# grows from it.
+_ECHO, _ECHO_TOKENS = "echo", 128
+_PLAIN = "plain_text"
+
+
+@dataclass
+class Batch:
+    """`ids`, `positions` and the weight of predicting each token, all `[batch, tokens]`."""
+
+    ids: Tensor
+    positions: Tensor
+    weights: Tensor
+
+
+class Data:
+    """Training sequences: a task's context and as many turns as fit, or text alone."""
+
+    def __init__(self, encoder: Tokenizer, max_position: int, seed: int) -> None:
+        self._encoder = encoder
+        self._max_position = max_position
+        self._rng = random.Random(seed)
+        self._lengths: dict[str, int] = {}
+        lines = text.lines(text.TRAINING_PACKAGES, self._rng)
+        self._source = Source(self._rng, lines, self._count)
+
+    def batch(self, batch_size: int, num_tokens: int) -> Batch:
+        """`batch_size` sequences of exactly `num_tokens` tokens, cut or filled up with text."""
+        rows = [self._sequence(num_tokens) for _ in range(batch_size)]
+        ids = torch.tensor([[i for i, _ in row] for row in rows])
+        weights = torch.tensor([[w for _, w in row] for row in rows])
+        positions = torch.stack([self._positions(num_tokens) for _ in rows])
+        return Batch(ids, positions, weights)
+
+    def _sequence(self, num_tokens: int) -> list[tuple[int, float]]:
+        if num_tokens == _ECHO_TOKENS:
+            return self._echo(num_tokens)
+        name = self._rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()))[0]
+        row: list[tuple[int, float]] = []
+        while len(row) < num_tokens:
+            left = num_tokens - len(row)
+            if name == _PLAIN or left < 128:
+                piece = "".join(islice(self._source.lines, 8))
+                row += [(i, TEXT_LOSS_WEIGHT) for i in self._encode(piece)]
+            else:
+                # Half the tokens are questions: answers are what teaches to look back.
+                row += self._example(name, self._rng.choice((left, max(128, left // 2))))
+        return row[:num_tokens]
+
+    def _echo(self, num_tokens: int) -> list[tuple[int, float]]:
+        row: list[tuple[int, float]] = []
+        while len(row) < num_tokens:
+            size = self._rng.randint(8, 64)
+            ids = self._rng.choices(range(1, self._encoder.get_vocab_size()), k=size)
+            row += [(i, 0.0) for i in ids] + [(ids[0], 0.0)] + [(i, 1.0) for i in ids[1:]]
+        return row[:num_tokens]
+
+    def _example(self, name: str, num_tokens: int) -> list[tuple[int, float]]:
+        most = num_tokens // TOKENS_PER_TURN[name]
+        if most == 0:
+            return [(i, TEXT_LOSS_WEIGHT) for i in self._encode(next(self._source.lines))]
+        turns = self._rng.randint(1, most)
+        example = TASKS[name].make(self._source, num_tokens, turns)
+        row = [
+            (i, 0.0 if name.startswith("multikey") else 0.3 * TEXT_LOSS_WEIGHT)
+            for i in self._encode(example.context)
+        ]
+        for turn in example.turns:
+            row += [(i, 0.0) for i in self._encode(turn.question)]
+            row += [(i, 1.0) for i in self._encode(turn.answer)]
+        return row
+
+    def _positions(self, num_tokens: int) -> Tensor:
+        """Positions of a much longer text: contiguous runs with gaps between them (PoSE)."""
+        if num_tokens == _ECHO_TOKENS:
+            return torch.arange(num_tokens)
+        runs = self._rng.choice((1, 2, 3, 4))
+        cuts = sorted(self._rng.sample(range(1, num_tokens), runs))
+        span = num_tokens * (self._max_position / num_tokens) ** self._rng.random()
+        gaps = sorted(self._rng.random() for _ in range(runs))
+        positions = torch.arange(num_tokens)
+        previous = 0.0
+        for cut, gap in zip(cuts, gaps, strict=True):
+            positions[cut:] += int((gap - previous) * (span - num_tokens))
+            previous = gap
+        return positions
+
+    def _encode(self, piece: str) -> list[int]:
+        ids: list[int] = self._encoder.encode(piece).ids
+        return ids
+
+    def _count(self, piece: str) -> int:
+        if piece not in self._lengths:
+            self._lengths[piece] = len(self._encode(piece))
+        return self._lengths[piece]
+
+
+def loss_of(model: Retriever, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Weighted mean of the loss, and how many tokens of answers are predicted right."""
+    hidden = model(batch.ids, batch.positions)[:, :-1].flatten(0, 1)
+    targets, weights = batch.ids[:, 1:].flatten(), batch.weights[:, 1:].flatten()
+    # Logits only where they count.
+    kept = weights.nonzero().squeeze(1)
+    logits = model.logits(hidden[kept]).float()
+    targets, weights = targets[kept], weights[kept]
+    loss = (
+        functional.cross_entropy(logits, targets, reduction="none") * weights
+    ).sum() / weights.sum()
+    answers = weights == 1
+    right = (logits.argmax(-1) == targets)[answers].float().mean()
+    return loss, right
+
+
+def optimizers_of(model: Retriever, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, AdamW for the embedding and norms."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="original"),
+        torch.optim.AdamW(others, lr=0.2 * lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def length_at(progress: float) -> int:
+    """Tokens of a sequence at `progress` (0 to 1) of the training."""
+    for share, length in CURRICULUM:
+        if progress < share:
+            return length
+        progress -= share
+    return CURRICULUM[-1][1]
+
+
+def rate_at(progress: float, decay_from: float) -> float:
+    """Factor on the learning rate: a short warm-up, constant, then linearly down to nothing."""
+    warm = min(1.0, progress / 0.01 + 0.01)
+    return warm * min(1.0, (1.0 - progress) / (1.0 - decay_from))
+
+
+def main() -> None:
+    """Trains, saving the state now and then, and writes the checkpoint."""
+    args = _arguments()
+    torch.manual_seed(args.seed)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    encoder = _tokenizer(args)
+    shape = Shape(
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 3 // 2,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=max(1, args.hidden // 128),
+    )
+    (args.out / "config.json").write_text(json.dumps(shape.hf_config(), indent=2) + "\n")
+    model = Retriever(shape).to(args.device)
+    optimizers = optimizers_of(model, args.lr)
+    state_file = args.out / "state.pt"
+    first = 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        first = state["step"]
+    # Each stretch between two saved states has its own seed, so resuming changes nothing.
+    data = Data(encoder, shape.max_position_embeddings, args.seed + first)
+    run = torch.compile(loss_of) if args.compile else loss_of
+    started, seen = time.monotonic(), []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        bar = progress.add_task("training", total=args.steps, completed=first)
+        for step in range(first, args.steps):
+            share = step / args.steps
+            length = length_at(share)
+            batch = data.batch(max(1, args.tokens // length), length)
+            batch = Batch(*(t.to(args.device) for t in (batch.ids, batch.positions, batch.weights)))
+            for optimizer, lr in zip(optimizers, (args.lr, 0.2 * args.lr), strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * rate_at(share, args.decay_from)
+                optimizer.zero_grad()
+            with torch.autocast(args.device, torch.bfloat16):
+                loss, right = run(model, batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            seen.append((loss.item(), right.item()))
+            progress.update(bar, completed=step + 1)
+            if (step + 1) % args.log_every == 0:
+                rights = [r for _, r in seen if not math.isnan(r)]
+                print(
+                    json.dumps(
+                        {
+                            "step": step + 1,
+                            "tokens": length,
+                            "loss": round(sum(x for x, _ in seen) / len(seen), 4),
+                            "answers_right": round(sum(rights) / max(1, len(rights)), 4),
+                            "seconds": round(time.monotonic() - started),
+                        }
+                    ),
+                    flush=True,
+                )
+                seen.clear()
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                state = {
+                    "model": model.state_dict(),
+                    "step": step + 1,
+                    "optimizers": [o.state_dict() for o in optimizers],
+                }
+                torch.save(state, state_file.with_suffix(".new"))
+                state_file.with_suffix(".new").replace(state_file)
+                save_weights(model, args.out / "model.safetensors")
+                data = Data(encoder, shape.max_position_embeddings, args.seed + step + 1)
+
+
+def _tokenizer(args: argparse.Namespace) -> Tokenizer:
+    path = args.out / "tokenizer.json"
+    if not path.exists():
+        corpus = [body for _, body in text.documents(text.TRAINING_PACKAGES)]
+        tokenizer.train(Shape.vocab_size, corpus, 4_000_000, args.seed).save(str(path))
+        (args.out / "tokenizer_config.json").write_text(
+            json.dumps(
+                {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.END_OF_TEXT},
+                indent=2,
+            )
+            + "\n"
+        )
+    return Tokenizer.from_file(str(path))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step")
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--hidden", type=int, default=256, help="a multiple of 128")
+    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--decay-from", type=float, default=0.6, help="share of the steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 is its default")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--save-every", type=int, default=250)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
