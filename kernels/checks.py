@@ -179,6 +179,24 @@ def check_topk(indices: torch.Tensor, scores: torch.Tensor, tail_start: torch.Te
     check_rows("tail_start", tail_start, scores.shape[0])
 
 
+def check_refine(
+    indices: torch.Tensor,
+    candidates: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+) -> None:
+    """Arguments of `refine_topk`."""
+    _, heads, _, size = key_cache.shape
+    _require(query.dim() == 3 and query.shape[2] == size, f"query must be [R, H, {size}]")
+    _require(query.shape[1] % heads == 0, f"{query.shape[1]} query heads for {heads} KV heads")
+    _require(query.dtype == key_cache.dtype, "query must have the cache's dtype")
+    _require(query.is_contiguous(), "query must be contiguous")
+    check_indices(indices, key_cache, query.shape[0])
+    check_indices(candidates, key_cache, query.shape[0])
+    _check_block_table(block_table, query.shape[0])
+
+
 def check_indices(indices: torch.Tensor, key_cache: torch.Tensor, rows: int) -> None:
     """The selected tokens of `sparse_decode_attention`."""
     _require(indices.dtype == torch.int32 and indices.is_contiguous(), "indices: int32")

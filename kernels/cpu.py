@@ -126,6 +126,19 @@ def select_topk(
     _ops.select_topk(indices, scores, tail_start, sink_tokens)
 
 
+def refine_topk(
+    indices: torch.Tensor,
+    candidates: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> None:
+    """See `ops.refine_topk`."""
+    _ops.refine_topk(indices, candidates, query, key_cache, block_table, scale, softcap)
+
+
 def sparse_decode_attention(
     output: torch.Tensor,
     query: torch.Tensor,

@@ -21,6 +21,7 @@ OPS = (
     "quantized_decode_attention",
     "score_tokens",
     "select_topk",
+    "refine_topk",
     "sparse_decode_attention",
     "dense_preference",
 )

@@ -160,6 +160,37 @@ def select_topk(
     implementation("select_topk", scores)(indices, scores, tail_start, sink_tokens)
 
 
+def refine_topk(
+    indices: torch.Tensor,
+    candidates: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> None:
+    """The k candidates that truly weigh most: what a rough index ranked, ranked again exactly.
+
+    A candidate's weight is its share of the attention among the candidates (softmax of `q.k *
+    scale` with K in full precision), summed over the query heads of the KV head.
+
+    Args:
+        indices: int32 [R, Hk, k]; positions in ascending order, then -1 where there are fewer
+            than k candidates. Among equal weights the lower position is taken.
+        candidates: int32 [R, Hk, C] as `select_topk` leaves them.
+        query: [R, H, d], the cache's dtype.
+        key_cache: [NB, Hk, bs, d].
+        block_table: int32 [R, max_blocks].
+        scale: factor on q.k before the softmax.
+        softcap: if positive, scores become `softcap * tanh(score / softcap)`.
+    """
+    checks.check_refine(indices, candidates, query, key_cache, block_table)
+    implementation("refine_topk", key_cache)(
+        indices, candidates, query, key_cache, block_table, scale, softcap
+    )
+
+
 def sparse_decode_attention(
     output: torch.Tensor,
     query: torch.Tensor,

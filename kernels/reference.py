@@ -267,6 +267,35 @@ def select_topk(
         indices[row, :, : best.shape[1]] = best.to(torch.int32)
 
 
+def refine_topk(
+    indices: torch.Tensor,
+    candidates: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> None:
+    """See `ops.refine_topk`."""
+    _, num_kv_heads, block_size, _ = key_cache.shape
+    indices.fill_(-1)
+    for row in range(query.shape[0]):
+        grouped = query[row].float().unflatten(0, (num_kv_heads, -1))
+        for head in range(num_kv_heads):
+            chosen = candidates[row, head]
+            chosen = chosen[chosen >= 0].long()
+            blocks = block_table[row, chosen // block_size].long()
+            key = key_cache[blocks, head, chosen % block_size].float()
+            scores = grouped[head] @ key.T * scale
+            if softcap > 0:
+                scores = softcap * torch.tanh(scores / softcap)
+            # One head's order is that of its scores, also where weights vanish.
+            weights = scores[0] if len(scores) == 1 else scores.softmax(-1).sum(0)
+            best = torch.argsort(weights, descending=True, stable=True)[: indices.shape[2]]
+            kept = chosen[best].sort().values
+            indices[row, head, : len(kept)] = kept.to(torch.int32)
+
+
 def sparse_decode_attention(
     output: torch.Tensor,
     query: torch.Tensor,

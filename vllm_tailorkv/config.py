@@ -25,6 +25,7 @@ PAPER: dict[str, Any] = {
     "index": "channels",
     "critical_channels": 8,
     "query_reduce": "mean",
+    "rerank_factor": 1,
     "sink_tokens": 8,
     "recent_tokens": 56,
     "topk_tokens": 128,
@@ -76,6 +77,12 @@ class TailorKVConfig(BaseModel):
         default="mean",
         description="How the query heads of a KV head agree on tokens: their mean query, or "
         "the largest of their scores (costs as many scans as there are heads).",
+    )
+    rerank_factor: int = Field(
+        default=4,
+        ge=1,
+        description="The index proposes so many times topk_tokens, of which those that truly weigh "
+        "most are taken; 1: what it ranks highest is taken.",
     )
     full_attention_below: int = Field(
         default=0,

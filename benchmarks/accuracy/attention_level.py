@@ -11,9 +11,7 @@ from torch import Tensor
 from accuracy.engine import Engine
 from accuracy.policies import Oracle, context_of
 from vllm_tailorkv.attention.metadata import DecodeRows
-from vllm_tailorkv.attention.selection import Pages, Selector
-from vllm_tailorkv.attention.workspace import Workspace
-from vllm_tailorkv.config import TailorKVConfig
+from vllm_tailorkv.attention.selection import Layer, Selector
 
 
 @dataclass(frozen=True)
@@ -35,29 +33,24 @@ class LayerQuality:
 class _Observer:
     """Stands before a selector and compares what it selects with full attention."""
 
-    def __init__(self, inner: Selector, scale: float) -> None:
-        self.inner, self.scale = inner, scale
+    def __init__(self, inner: Selector) -> None:
+        self.inner = inner
         self.stateful = getattr(inner, "stateful", False)
         self.restart = getattr(inner, "restart", None)
         self.seen: dict[str, list[float]] = defaultdict(list)
 
-    def __call__(
-        self,
-        query: Tensor,
-        pages: Pages,
-        rows: DecodeRows,
-        config: TailorKVConfig,
-        workspace: Workspace,
-    ) -> Tensor:
-        indices = self.inner(query, pages, rows, config, workspace)
-        truth = Oracle(self.scale)(query, pages, rows, config, workspace)
+    def __call__(self, query: Tensor, layer: Layer, rows: DecodeRows) -> Tensor:
+        """See `Selector`."""
+        indices = self.inner(query, layer, rows)
+        truth = Oracle()(query, layer, rows)
+        host, config = layer.pages.host, layer.config
         for row, (length, tail) in enumerate(
             zip(rows.seq_lens.tolist(), rows.boundary.tolist(), strict=True)
         ):
-            key = context_of(pages.host.key, rows.block_table[row], length)
-            value = context_of(pages.host.value, rows.block_table[row], length)
+            key = context_of(host.key, rows.block_table[row], length)
+            value = context_of(host.value, rows.block_table[row], length)
             grouped = query[row].float().unflatten(0, (key.shape[0], -1))
-            weights = (torch.einsum("hgd,hnd->hgn", grouped, key) * self.scale).softmax(-1)
+            weights = (torch.einsum("hgd,hnd->hgn", grouped, key) * layer.scale).softmax(-1)
             kept, best = (_mask(chosen[row], length) for chosen in (indices, truth))
             self.seen["recall"].append((kept & best).sum().item() / max(1, best.sum().item()))
             kept[:, : config.sink_tokens] = True
@@ -84,7 +77,7 @@ def _mask(indices: Tensor, length: int) -> Tensor:
 def observed(engine: Engine, method: str) -> Iterator[list[LayerQuality]]:
     """Fills the list, when the block ends, with what the sparse layers did in it."""
     qualities: list[LayerQuality] = []
-    observers = [_Observer(impl.selector, impl.scale) for impl in engine.sparse_impls]
+    observers = [_Observer(impl.selector) for impl in engine.sparse_impls]
     for impl, observer in zip(engine.sparse_impls, observers, strict=True):
         impl.selector = observer
     try:

@@ -96,4 +96,4 @@ def selectors_of(method: Method, engine: Engine) -> Sequence[Selector] | None:
         return None
     if method.policy == _PREVIOUS_QUERY:
         return previous_query_selectors(engine)
-    return [POLICIES[method.policy](impl.scale) for impl in engine.sparse_impls]
+    return [POLICIES[method.policy]() for _ in engine.sparse_impls]

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_tailorkv.attention.metadata import DecodeRows
-from vllm_tailorkv.attention.selection import Pages
-from vllm_tailorkv.attention.workspace import Workspace
-from vllm_tailorkv.config import TailorKVConfig
+from vllm_tailorkv.attention.selection import Layer
 
 
 def context_of(cache: Tensor, block_table: Tensor, length: int) -> Tensor:
@@ -38,30 +36,21 @@ def as_indices(chosen: list[Tensor]) -> Tensor:
 
 
 class Policy:
-    """One layer's policy. Subclasses choose among the middle tokens of one row at a time.
-
-    `scale` is the factor on q.k before the softmax.
-    """
+    """One layer's policy. Subclasses choose among the middle tokens of one row at a time."""
 
     stateful: ClassVar[bool] = False
     """It remembers what it saw of a request: requests come one at a time, each announced."""
 
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
+    scale: float
+    """Factor on q.k before the softmax."""
 
-    def __call__(
-        self,
-        query: Tensor,
-        pages: Pages,
-        rows: DecodeRows,
-        config: TailorKVConfig,
-        workspace: Workspace,
-    ) -> Tensor:
+    def __call__(self, query: Tensor, layer: Layer, rows: DecodeRows) -> Tensor:
         """See `Selector`."""
-        del workspace
+        config, host = layer.config, layer.pages.host
+        self.scale = layer.scale
         chosen = []
         for row, end in enumerate(rows.boundary.tolist()):
-            key = context_of(pages.host.key, rows.block_table[row], end)[:, config.sink_tokens :]
+            key = context_of(host.key, rows.block_table[row], end)[:, config.sink_tokens :]
             grouped = query[row].float().unflatten(0, (key.shape[0], -1))
             count = min(config.topk_tokens, key.shape[1])
             positions = self.choose(grouped, key, count)
@@ -130,8 +119,7 @@ class SnapKV(Policy):
     stateful = True
     pooling = 7
 
-    def __init__(self, scale: float) -> None:
-        super().__init__(scale)
+    def __init__(self) -> None:
         self.restart(1)
 
     def restart(self, question_tokens: int) -> None:
@@ -169,8 +157,7 @@ class DoubleSparsity(Policy):
     share = 1 / 16
     calibration = 16
 
-    def __init__(self, scale: float) -> None:
-        super().__init__(scale)
+    def __init__(self) -> None:
         self._total: Tensor | None = None
         self._steps = 0
 
@@ -189,7 +176,7 @@ class DoubleSparsity(Policy):
         return scores.softmax(-1).sum(1).topk(count, dim=-1).indices
 
 
-POLICIES: dict[str, Callable[[float], Policy]] = {
+POLICIES: dict[str, Callable[[], Policy]] = {
     "oracle": Oracle,
     "quest": Quest,
     "streaming_llm": StreamingLLM,

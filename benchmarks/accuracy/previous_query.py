@@ -8,9 +8,7 @@ from torch import Tensor
 
 from accuracy.engine import Engine
 from vllm_tailorkv.attention.metadata import DecodeRows
-from vllm_tailorkv.attention.selection import Pages, Selector, retrieve
-from vllm_tailorkv.attention.workspace import Workspace
-from vllm_tailorkv.config import TailorKVConfig
+from vllm_tailorkv.attention.selection import Layer, Selector, retrieve
 
 
 class _Inputs:
@@ -59,13 +57,11 @@ def previous_query_selectors(engine: Engine) -> Sequence[Selector]:
 
 
 def _selector(inputs: _Inputs, depth: int) -> Selector:
-    def select(
-        query: Tensor, pages: Pages, rows: DecodeRows, config: TailorKVConfig, workspace: Workspace
-    ) -> Tensor:
+    def select(query: Tensor, layer: Layer, rows: DecodeRows) -> Tensor:
         predicted = inputs.predicted(depth)
         if predicted is not None:
             tokens = torch.arange(len(query)) if rows.tokens is None else rows.tokens
             query = predicted[tokens].view_as(query)
-        return retrieve(query, pages, rows, config, workspace)
+        return retrieve(query, layer, rows)
 
     return select

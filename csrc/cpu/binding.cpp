@@ -252,6 +252,21 @@ void select_topk(const Tensor& indices, const Tensor& scores, const Tensor& tail
                          static_cast<int32_t>(sink_tokens)});
 }
 
+void refine_topk(const Tensor& indices, const Tensor& candidates, const Tensor& query,
+                 const Tensor& key_cache, const Tensor& block_table, double scale, double softcap) {
+  const auto dtype = key_cache.scalar_type();
+  const auto shape = shape_of(key_cache);
+  require_contiguous(indices, "indices", 3, ScalarType::Int);
+  require_contiguous(candidates, "candidates", 3, ScalarType::Int);
+  require_contiguous(query, "query", 3, dtype);
+  kernels().refine_topk(
+      {float_dtype(key_cache, "key_cache"), shape, size(query, 0), size(query, 1), size(indices, 2),
+       size(candidates, 2), static_cast<int32_t*>(indices.data_ptr()),
+       static_cast<const int32_t*>(candidates.data_ptr()), query.data_ptr(),
+       cache(key_cache, "key_cache", dtype), block_table_of(block_table, query.size(0)),
+       static_cast<float>(scale), static_cast<float>(softcap)});
+}
+
 void sparse_decode_attention(const Tensor& output, const Tensor& query, const Tensor& key_cache,
                              const Tensor& value_cache, const Tensor& indices,
                              const Tensor& block_table, const Tensor& seq_lens,
@@ -323,6 +338,9 @@ STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
       "select_topk(Tensor(a!) indices, Tensor scores, Tensor tail_start, int "
       "sink_tokens) -> ()");
   m.def(
+      "refine_topk(Tensor(a!) indices, Tensor candidates, Tensor query, Tensor key_cache, "
+      "Tensor block_table, float scale, float softcap) -> ()");
+  m.def(
       "sparse_decode_attention(Tensor(a!) output, Tensor query, Tensor "
       "key_cache, "
       "Tensor value_cache, Tensor indices, Tensor block_table, Tensor "
@@ -344,6 +362,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_tailorkv, CPU, m) {
   m.impl("score_onebit", TORCH_BOX(&score_onebit));
   m.impl("score_channels", TORCH_BOX(&score_channels));
   m.impl("select_topk", TORCH_BOX(&select_topk));
+  m.impl("refine_topk", TORCH_BOX(&refine_topk));
   m.impl("sparse_decode_attention", TORCH_BOX(&sparse_decode_attention));
   m.impl("dense_preference", TORCH_BOX(&dense_preference));
 }

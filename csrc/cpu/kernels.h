@@ -131,6 +131,18 @@ struct SelectTopk {
   int32_t sink_tokens;
 };
 
+struct RefineTopk {
+  Dtype dtype;
+  Shape shape;
+  int32_t rows, query_heads, k, candidate_count;  // R, H, k, C
+  int32_t* indices;                               // [R, Hk, k]
+  const int32_t* candidates;                      // [R, Hk, C]
+  const void* query;                              // [R, H, d]
+  Cache key_cache;
+  BlockTable block_table;
+  float scale, softcap;
+};
+
 struct DensePreference {
   Dtype dtype;
   int32_t queries, query_heads, kv_heads, head_size;  // n, H, Hk, d
@@ -151,6 +163,7 @@ struct Kernels {
   void (*score_onebit)(const ScoreOnebit&);
   void (*score_channels)(const ScoreChannels&);
   void (*select_topk)(const SelectTopk&);
+  void (*refine_topk)(const RefineTopk&);
   void (*sparse_decode_attention)(const SparseDecode&);
   void (*dense_preference)(const DensePreference&);
 };

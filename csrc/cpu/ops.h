@@ -12,15 +12,22 @@
 #include "score.h"
 #include "sparse.h"
 #include "topk.h"
+//
+#include "refine.h"
 #include "write.h"
 
 #define TAILORKV_STRING_OF(x) #x
 #define TAILORKV_STRING(x) TAILORKV_STRING_OF(x)
 
 // The table of this instruction set.
-#define TAILORKV_KERNELS                                                    \
-  {TAILORKV_STRING(TAILORKV_ISA), TAILORKV_ISA::write_kv,                   \
-   TAILORKV_ISA::quantize_groups, TAILORKV_ISA::quantized_decode_attention, \
-   TAILORKV_ISA::score_onebit,    TAILORKV_ISA::score_channels,             \
-   TAILORKV_ISA::select_topk,     TAILORKV_ISA::sparse_decode_attention,    \
+#define TAILORKV_KERNELS                     \
+  {TAILORKV_STRING(TAILORKV_ISA),            \
+   TAILORKV_ISA::write_kv,                   \
+   TAILORKV_ISA::quantize_groups,            \
+   TAILORKV_ISA::quantized_decode_attention, \
+   TAILORKV_ISA::score_onebit,               \
+   TAILORKV_ISA::score_channels,             \
+   TAILORKV_ISA::select_topk,                \
+   TAILORKV_ISA::refine_topk,                \
+   TAILORKV_ISA::sparse_decode_attention,    \
    TAILORKV_ISA::dense_preference}

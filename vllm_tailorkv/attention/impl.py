@@ -8,7 +8,7 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_tailorkv.attention.metadata import DecodeRows, ExactRows, TailorKVMetadata
-from vllm_tailorkv.attention.selection import Pages, Selector, retrieve
+from vllm_tailorkv.attention.selection import Layer, Pages, Selector, retrieve
 from vllm_tailorkv.attention.settings import load_settings
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.cache.host_pool import allocate_host_pool
@@ -172,7 +172,8 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
                 softcap=self.softcap,
             )
         else:
-            indices = self.selector(part, self.pages, rows, self.config, metadata.workspace)
+            layer = Layer(self.pages, self.config, self.scale, self.softcap, metadata.workspace)
+            indices = self.selector(part, layer, rows)
             ops.sparse_decode_attention(
                 result,
                 part,

@@ -19,17 +19,24 @@ class Pages(NamedTuple):
     derived: DerivedPages
 
 
+class Layer(NamedTuple):
+    """What a policy may know of its layer.
+
+    scale, softcap: what turns q.k into the scores of the softmax, see `kernels.ops`.
+    workspace: scratch memory of the step.
+    """
+
+    pages: Pages
+    config: TailorKVConfig
+    scale: float
+    softcap: float
+    workspace: Workspace
+
+
 class Selector(Protocol):
     """A policy of selection; `retrieve` is ours, others may take its place for comparison."""
 
-    def __call__(
-        self,
-        query: torch.Tensor,
-        pages: Pages,
-        rows: DecodeRows,
-        config: TailorKVConfig,
-        workspace: Workspace,
-    ) -> torch.Tensor:
+    def __call__(self, query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tensor:
         """The tokens between sinks and tail that each row and KV head attends to.
 
         Args:
@@ -55,22 +62,16 @@ def reduce_query(query: torch.Tensor, num_kv_heads: int, how: str) -> torch.Tens
     return grouped.mean(2, keepdim=True) if how == "mean" else grouped
 
 
-def retrieve(
-    query: torch.Tensor,
-    pages: Pages,
-    rows: DecodeRows,
-    config: TailorKVConfig,
-    workspace: Workspace,
-) -> torch.Tensor:
-    """Score all middle tokens through the layer's index, take the best. See `Selector`."""
-    host, index = pages
+def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tensor:
+    """Propose middle tokens by the layer's index, take those that weigh most. See `Selector`."""
+    host, index = layer.pages
     assert not isinstance(index, DenseCodes)
-    num_kv_heads = host.key.shape[1]
-    shape = (len(query), num_kv_heads)
+    config, workspace = layer.config, layer.workspace
+    shape = (len(query), host.key.shape[1])
     scores = workspace.get("scores", (*shape, rows.max_boundary), torch.float32)
     ops.score_tokens(
         scores,
-        reduce_query(query, num_kv_heads, config.query_reduce),
+        reduce_query(query, host.key.shape[1], config.query_reduce),
         index,
         host.key,
         rows.block_table,
@@ -78,6 +79,19 @@ def retrieve(
         sink_tokens=config.sink_tokens,
         critical_channels=config.critical_channels,
     )
+    count = config.topk_tokens * config.rerank_factor
+    candidates = workspace.get("candidates", (*shape, count), torch.int32)
+    ops.select_topk(candidates, scores, rows.boundary, sink_tokens=config.sink_tokens)
+    if config.rerank_factor == 1:
+        return candidates
     indices = workspace.get("indices", (*shape, config.topk_tokens), torch.int32)
-    ops.select_topk(indices, scores, rows.boundary, sink_tokens=config.sink_tokens)
+    ops.refine_topk(
+        indices,
+        candidates,
+        query,
+        host.key,
+        rows.block_table,
+        scale=layer.scale,
+        softcap=layer.softcap,
+    )
     return indices

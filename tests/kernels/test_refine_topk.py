@@ -1,0 +1,120 @@
+"""Candidates ranked again by their true attention: the right set, whatever the layout."""
+
+import pytest
+import torch
+
+from vllm_tailorkv.kernels import ops, reference
+from vllm_tailorkv.layout import KeyLayout
+
+
+def candidates_of(lengths: list[int], heads: int, count: int, seed: int = 1) -> torch.Tensor:
+    """Up to `count` ascending positions of each row and head, then -1."""
+    generator = torch.Generator().manual_seed(seed)
+    result = torch.full((len(lengths), heads, count), -1, dtype=torch.int32)
+    for row, length in enumerate(lengths):
+        for head in range(heads):
+            some = torch.randperm(length, generator=generator)[:count].sort().values
+            result[row, head, : len(some)] = some.int()
+    return result
+
+
+def weights_of(context, query, candidates, scale, softcap) -> torch.Tensor:
+    """float64 [R, Hk, C]: what each candidate weighs; -1 where there is none."""
+    key_cache = context.cache.host.key
+    _, heads, block_size, _ = key_cache.shape
+    result = torch.full(candidates.shape, -1.0, dtype=torch.float64)
+    for row in range(len(query)):
+        grouped = query[row].double().unflatten(0, (heads, -1))
+        for head in range(heads):
+            chosen = candidates[row, head][candidates[row, head] >= 0].long()
+            blocks = context.block_table[row, chosen // block_size].long()
+            scores = grouped[head] @ key_cache[blocks, head, chosen % block_size].double().T * scale
+            if softcap:
+                scores = softcap * (scores / softcap).tanh()
+            if len(chosen):
+                result[row, head, : len(chosen)] = scores.softmax(-1).sum(0)
+    return result
+
+
+def check(function, context, query, candidates, k, scale=0.1, softcap=0.0) -> None:
+    """The k heaviest candidates, but for those whose weights float32 cannot tell apart."""
+    indices = torch.full((*candidates.shape[:2], k), 12345, dtype=torch.int32)
+    function(
+        indices, candidates, query, context.cache.host.key, context.block_table, scale, softcap
+    )
+    weights = weights_of(context, query, candidates, scale, softcap)
+    for row in range(len(query)):
+        for head in range(candidates.shape[1]):
+            there = candidates[row, head][candidates[row, head] >= 0].tolist()
+            chosen = [i for i in indices[row, head].tolist() if i >= 0]
+            assert len(chosen) == min(k, len(there))
+            assert indices[row, head].tolist() == chosen + [-1] * (k - len(chosen))
+            assert chosen == sorted(set(chosen)) and set(chosen) <= set(there)
+            weight = dict(zip(there, weights[row, head].tolist(), strict=False))
+            left_out = [weight[i] for i in there if i not in set(chosen)]
+            if chosen and left_out:
+                lightest = min(weight[i] for i in chosen)
+                assert lightest >= max(left_out) * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("key_layout", list(KeyLayout))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("group_heads", "head_size"), [(1, 64), (4, 80), (8, 96), (3, 128), (4, 256)]
+)
+def test_keeps_the_heaviest(cpu, build_context, key_layout, dtype, heads):
+    group_heads, head_size = heads
+    lengths = [1, 127, 128, 129, 700]
+    context = build_context(lengths, head_size=head_size, dtype=dtype, key_layout=key_layout)
+    query = torch.randn(len(lengths), 2 * group_heads, head_size).to(dtype)
+    candidates = candidates_of(lengths, 2, 100)
+    for function in (cpu.refine_topk, reference.refine_topk):
+        check(function, context, query, candidates, 25)
+        check(function, context, query, candidates, 100)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_softcap(cpu, build_context, softcap):
+    context = build_context([300])
+    query = torch.randn(1, 8, 64).bfloat16() * 4
+    for function in (cpu.refine_topk, reference.refine_topk):
+        check(function, context, query, candidates_of([300], 2, 64), 16, 0.3, softcap)
+
+
+def test_equal_weights_keep_the_lower_positions(cpu, build_context):
+    context = build_context([256])
+    context.cache.host.key.fill_(1.0)
+    query = torch.ones(1, 8, 64, dtype=torch.bfloat16)
+    candidates = candidates_of([256], 2, 40)
+    for function in (cpu.refine_topk, reference.refine_topk):
+        indices = torch.zeros(1, 2, 8, dtype=torch.int32)
+        function(indices, candidates, query, context.cache.host.key, context.block_table, 0.1, 0.0)
+        assert torch.equal(indices, candidates[..., :8])
+
+
+def test_no_candidates(cpu, build_context):
+    context = build_context([5])
+    candidates = torch.full((1, 2, 10), -1, dtype=torch.int32)
+    query = torch.ones(1, 4, 64, dtype=torch.bfloat16)
+    for function in (cpu.refine_topk, reference.refine_topk):
+        indices = torch.zeros(1, 2, 4, dtype=torch.int32)
+        function(indices, candidates, query, context.cache.host.key, context.block_table, 0.1, 0.0)
+        assert (indices == -1).all()
+
+
+def test_public_op_checks_its_arguments(build_context):
+    context = build_context([200])
+    candidates = candidates_of([200], 2, 20)
+    query = torch.ones(1, 4, 64, dtype=torch.bfloat16)
+    indices = torch.zeros(1, 2, 5, dtype=torch.int32)
+    key, table = context.cache.host.key, context.block_table
+    ops.refine_topk(indices, candidates, query, key, table, scale=0.1)
+    for broken in (
+        (indices[:, :1], candidates, query, key, table),
+        (indices, candidates.long(), query, key, table),
+        (indices, candidates, query.float(), key, table),
+        (indices, candidates, query[:, :3], key, table),
+        (indices, candidates, query, key, table[:0]),
+    ):
+        with pytest.raises(ValueError):
+            ops.refine_topk(*broken, scale=0.1)
