@@ -11,25 +11,36 @@ that lies in the cache share one. Method names and options: `--list`.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
-from accuracy.attention_level import observed
-from accuracy.engine import start  # first: it sets what vLLM reads when imported
-from accuracy.evaluate import Cell, make_cell, run_cell
-from accuracy.methods import FULL, METHODS, Method, parse_method, selectors_of
-from accuracy.report import Report, write_json
-from accuracy.tasks import TASKS
-from accuracy.text_quality import held_out, likelihood
-from rich.console import Console
-from rich.progress import Progress
-from transformers import AutoConfig, AutoTokenizer
+# Read when vLLM and OpenMP are loaded. Spinning threads would keep others from the cores.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from accuracy.attention_level import observed  # noqa: E402
+from accuracy.engine import start  # noqa: E402
+from accuracy.evaluate import Cell, make_cell, run_cell  # noqa: E402
+from accuracy.methods import FULL, METHODS, Method, parse_method, selectors_of  # noqa: E402
+from accuracy.report import Report, write_json  # noqa: E402
+from accuracy.tasks import TASKS  # noqa: E402
+from accuracy.text_quality import held_out, likelihood  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import Progress  # noqa: E402
+from transformers import AutoConfig, AutoTokenizer  # noqa: E402
 
 RETRIEVER = Path(__file__).parent / "accuracy" / "retriever"
-QUICK = {"methods": [FULL, "tailorkv", "paper"], "lengths": [2048], "samples": 1, "turns": 2}
+QUICK = {
+    "methods": [FULL, "tailorkv", "paper", "oracle", "streaming_llm"],
+    "lengths": [4096],
+    "samples": 1,
+    "turns": 2,
+    "text_steps": 64,
+}
 _STANDARD = [FULL, "tailorkv", "paper", "oracle", "quest", "streaming_llm", "snapkv"]
 _TEXT_STRETCH = 32
 

@@ -1,18 +1,11 @@
 """A vLLM engine in this process, whose options and selection policy can change while it runs."""
 
 import gc
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-
-# Policies are set on the layers themselves, so the engine must be in this process.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
 from vllm import LLM, SamplingParams
@@ -139,8 +132,9 @@ class Engine:
     def restart(self, question_tokens: int) -> None:
         """Tell policies that remember that a request begins."""
         for impl in self.sparse_impls:
-            if getattr(impl.selector, "stateful", False):
-                impl.selector.restart(question_tokens)
+            selector: Any = impl.selector
+            if getattr(selector, "stateful", False):
+                selector.restart(question_tokens)
 
     def read(self, context: list[int]) -> None:
         """Fill the prefix cache, so that many requests over `context` read it once."""
@@ -162,11 +156,13 @@ def start(
     model: str, max_model_len: int, kv_cache_gib: float, options: dict[str, Any] | None
 ) -> Iterator[Engine]:
     """An engine with tailorkv and these options, or with vLLM's own backend if they are None."""
+    # Policies are set on the layers themselves, so the engine must be in this process.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     ours: dict[str, Any] = {}
     if options is not None:
         ours = {
             "attention_backend": "tailorkv",
-            "additional_config": json.loads(json.dumps({"tailorkv": options})),
+            "additional_config": {"tailorkv": options},
         }
     llm = LLM(
         model=model,

@@ -46,7 +46,7 @@ def previous_query_selectors(engine: Engine) -> Sequence[Selector]:
     Raises ValueError for models whose layers are not built as Llama's are.
     """
     layers = getattr(getattr(engine.runner.model, "model", None), "layers", None)
-    attentions = [getattr(layer, "self_attn", None) for layer in layers or ()]
+    attentions: list[Any] = [getattr(layer, "self_attn", None) for layer in layers or ()]
     if not attentions or not all(
         hasattr(a, "qkv_proj") and hasattr(a, "q_size") for a in attentions
     ):

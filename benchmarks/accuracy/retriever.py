@@ -133,7 +133,8 @@ class Retriever(nn.Module):
         super().__init__()
         self.shape = shape
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
+        layers = [Layer(shape) for _ in range(shape.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.RMSNorm(shape.hidden_size, _NORM_EPSILON)
         # The residual stream starts as the embedding, and the tied logits at a scale of one.
         nn.init.normal_(self.embed_tokens.weight)
@@ -147,7 +148,7 @@ class Retriever(nn.Module):
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         per_kv_head = shape.num_attention_heads // shape.num_key_value_heads
         with torch.no_grad():
-            for depth, layer in enumerate(self.layers):
+            for depth, layer in enumerate(layers):
                 query, key, value, output = (
                     projection.weight
                     for projection in (
