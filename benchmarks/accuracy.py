@@ -22,16 +22,16 @@ from pathlib import Path
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from accuracy.attention_level import observed  # noqa: E402
-from accuracy.engine import start  # noqa: E402
-from accuracy.evaluate import Cell, make_cell, run_cell  # noqa: E402
-from accuracy.methods import FULL, METHODS, Method, parse_method, selectors_of  # noqa: E402
-from accuracy.report import Report, write_json  # noqa: E402
-from accuracy.tasks import TASKS  # noqa: E402
-from accuracy.text_quality import held_out, likelihood  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import Progress  # noqa: E402
-from transformers import AutoConfig, AutoTokenizer  # noqa: E402
+from accuracy.attention_level import observed
+from accuracy.engine import start
+from accuracy.evaluate import Cell, make_cell, run_cell
+from accuracy.methods import FULL, METHODS, Method, parse_method, selectors_of
+from accuracy.report import Report, write_json
+from accuracy.tasks import TASKS
+from accuracy.text_quality import held_out, likelihood
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoConfig, AutoTokenizer
 
 RETRIEVER = Path(__file__).parent / "accuracy" / "retriever"
 QUICK = {
