@@ -185,8 +185,10 @@ def check_refine(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
+    channels: int,
 ) -> None:
     """Arguments of `refine_topk`."""
+    _require(0 < channels <= key_cache.shape[3], f"channels {channels} of {key_cache.shape[3]}")
     _, heads, _, size = key_cache.shape
     _require(query.dim() == 3 and query.shape[2] == size, f"query must be [R, H, {size}]")
     _require(query.shape[1] % heads == 0, f"{query.shape[1]} query heads for {heads} KV heads")

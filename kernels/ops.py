@@ -167,13 +167,17 @@ def refine_topk(
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
     *,
+    channels: int,
     scale: float,
     softcap: float = 0.0,
 ) -> None:
     """The k candidates that truly weigh most: what a rough index ranked, ranked again exactly.
 
     A candidate's weight is its share of the attention among the candidates (softmax of `q.k *
-    scale` with K in full precision), summed over the query heads of the KV head.
+    scale` with K in full precision), summed over the query heads of the KV head. Only the
+    `channels` channels with the largest `max over heads |q_c| * max over s |K_c[s]|` are read (the
+    lower channel first among equals), where s are 16 candidates spread evenly: candidates `i * n
+    // m` for i < m = min(16, n), n being how many there are.
 
     Args:
         indices: int32 [R, Hk, k]; positions in ascending order, then -1 where there are fewer
@@ -182,12 +186,13 @@ def refine_topk(
         query: [R, H, d], the cache's dtype.
         key_cache: [NB, Hk, bs, d].
         block_table: int32 [R, max_blocks].
+        channels: how many channels of K are read, at most d.
         scale: factor on q.k before the softmax.
         softcap: if positive, scores become `softcap * tanh(score / softcap)`.
     """
-    checks.check_refine(indices, candidates, query, key_cache, block_table)
+    checks.check_refine(indices, candidates, query, key_cache, block_table, channels)
     implementation("refine_topk", key_cache)(
-        indices, candidates, query, key_cache, block_table, scale, softcap
+        indices, candidates, query, key_cache, block_table, channels, scale, softcap
     )
 
 

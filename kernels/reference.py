@@ -273,6 +273,7 @@ def refine_topk(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
+    channels: int,
     scale: float,
     softcap: float,
 ) -> None:
@@ -286,6 +287,11 @@ def refine_topk(
             chosen = chosen[chosen >= 0].long()
             blocks = block_table[row, chosen // block_size].long()
             key = key_cache[blocks, head, chosen % block_size].float()
+            if len(chosen) and channels < key.shape[1]:
+                samples = min(16, len(chosen))
+                spread = key[[i * len(chosen) // samples for i in range(samples)]]
+                mask = critical_channel_mask(grouped[head], spread.abs().amax(0), channels)
+                key = key * mask
             scores = grouped[head] @ key.T * scale
             if softcap > 0:
                 scores = softcap * torch.tanh(scores / softcap)

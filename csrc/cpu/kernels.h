@@ -140,6 +140,7 @@ struct RefineTopk {
   const void* query;                              // [R, H, d]
   Cache key_cache;
   BlockTable block_table;
+  int32_t channels;
   float scale, softcap;
 };
 

@@ -6,41 +6,101 @@ namespace {
 
 // Candidates asked for ahead of the one at work.
 constexpr int64_t kCandidatesAhead = 3;
+// Candidates whose K tells which channels count.
+constexpr int64_t kSamples = 16;
+
+// What one row and KV head need.
+//   candidates: [C], ascending, the first `found` of them positions
+//   channels: [count], ascending; query: [G, padded(count)], its values at them
+struct Refined {
+  const int32_t *candidates, *table;
+  int32_t head;
+  int64_t found, count;
+  int32_t* channels;
+  float* query;
+};
+
+template <class T>
+const T* candidate_key(const RefineTopk& op, const Refined& refined, int64_t i) {
+  const int64_t position = refined.candidates[i], block_size = op.shape.block_size;
+  return at<T>(op.key_cache, refined.table[position / block_size], refined.head,
+               position % block_size, 0);
+}
+
+// Choose the channels, take the query's values there.
+//   query: [G, d]; weight: scratch [d]
+template <class T>
+void prepare(const RefineTopk& op, const T* query, float* weight, const Refined& refined) {
+  const int64_t d = op.shape.head_size, group_heads = op.query_heads / op.shape.kv_heads;
+  const int64_t pitch = padded(refined.count);
+  if (refined.count == d) {
+    for (int64_t c = 0; c < d; ++c) refined.channels[c] = static_cast<int32_t>(c);
+  } else {
+    for (int64_t c = 0; c < d; ++c) weight[c] = 0;
+    const int64_t samples = smaller(kSamples, refined.found);
+    for (int64_t i = 0; i < samples; ++i) {
+      const T* key = candidate_key<T>(op, refined, i * refined.found / samples);
+      for (int64_t c = 0; c < d; ++c) {
+        float magnitude = __builtin_fabsf(to_float(key[c * op.key_cache.channel]));
+        weight[c] = magnitude > weight[c] ? magnitude : weight[c];
+      }
+    }
+    for (int64_t c = 0; c < d; ++c) {
+      float most = 0;
+      for (int64_t h = 0; h < group_heads; ++h) {
+        float magnitude = __builtin_fabsf(to_float(query[h * d + c]));
+        most = magnitude > most ? magnitude : most;
+      }
+      weight[c] *= most;
+    }
+    choose_channels(weight, d, refined.count, refined.channels);
+    sort_positions(refined.channels, refined.count);
+  }
+  for (int64_t h = 0; h < group_heads; ++h) {
+    float* to = refined.query + h * pitch;
+    for (int64_t i = 0; i < refined.count; ++i)
+      to[i] = to_float(query[h * d + refined.channels[i]]);
+    for (int64_t i = refined.count; i < pitch; ++i) to[i] = 0;
+  }
+}
 
 // Scores of candidates [begin, end) of one row and KV head, by all its G query heads.
-//   candidates: [C], ascending; query: [G, padded(d)]; row: scratch [padded(d)]
-//   scores: [G, padded(C)]
+//   row: scratch [padded(count)], zeros beyond count; scores: [G, padded(C)]
 template <class T>
-void score_candidates(const RefineTopk& op, const int32_t* table, int32_t head,
-                      const int32_t* candidates, int64_t begin, int64_t end, const float* query,
+void score_candidates(const RefineTopk& op, const Refined& refined, int64_t begin, int64_t end,
                       float* row, float* scores) {
-  const Cache& cache = op.key_cache;
-  const int64_t d = op.shape.head_size, block_size = op.shape.block_size;
-  const int64_t pitch = padded(d), stride = padded(op.candidate_count);
+  const int64_t stride = padded(op.candidate_count), pitch = padded(refined.count);
+  const int64_t channel = op.key_cache.channel;
+  const bool whole_rows = channel == 1 && refined.count == op.shape.head_size;
   constexpr int64_t kLine = 64 / sizeof(T);
-  auto key_of = [&](int64_t i) {
-    return at<T>(cache, table[candidates[i] / block_size], head, candidates[i] % block_size, 0);
-  };
   auto ask = [&](int64_t i) {
     if (i >= end) return;
-    const T* key = key_of(i);
-    const int64_t step = cache.channel == 1 ? kLine : 1;
-    for (int64_t c = 0; c < d; c += step) __builtin_prefetch(key + c * cache.channel);
+    const T* key = candidate_key<T>(op, refined, i);
+    if (whole_rows) {
+      for (int64_t c = 0; c < refined.count; c += kLine) __builtin_prefetch(key + c);
+    } else {
+      for (int64_t j = 0; j < refined.count; ++j) {
+        __builtin_prefetch(key + refined.channels[j] * channel);
+      }
+    }
   };
   for (int64_t i = begin; i < begin + kCandidatesAhead; ++i) ask(i);
   for (int64_t i = begin; i < end; ++i) {
     ask(i + kCandidatesAhead);
-    const T* key = key_of(i);
-    if (cache.channel != 1) {
-      for (int64_t c = 0; c < d; ++c) row[c] = to_float(key[c * cache.channel]);
+    const T* key = candidate_key<T>(op, refined, i);
+    if (!whole_rows) {
+      for (int64_t j = 0; j < refined.count; ++j) {
+        row[j] = to_float(key[refined.channels[j] * channel]);
+      }
     }
     for_heads(op.query_heads / op.shape.kv_heads, [&](int h, auto heads) {
       constexpr int N = decltype(heads)::value;
       float* to = scores + h * stride + i;
-      if (cache.channel == 1) {
-        score_row<N>(key, d, query + h * pitch, to, stride);
+      if (whole_rows) {
+        score_row<N>(key, refined.count, refined.query + h * pitch, to, stride);
       } else {
-        score_row<N>(static_cast<const float*>(row), d, query + h * pitch, to, stride);
+        score_row<N>(static_cast<const float*>(row), refined.count, refined.query + h * pitch, to,
+                     stride);
       }
     });
   }
@@ -84,38 +144,45 @@ void refine(const RefineTopk& op) {
   const int64_t d = op.shape.head_size, kv_heads = op.shape.kv_heads, pitch = padded(d);
   const int64_t pairs = op.rows * kv_heads, count = op.candidate_count, k = op.k;
   const int64_t group_heads = op.query_heads / kv_heads, size = group_heads * padded(count);
-  float* queries = take<float>(pairs * group_heads * pitch);
-  for (int64_t i = 0; i < pairs * group_heads; ++i) {
-    copy_row(queries + i * pitch, static_cast<const T*>(op.query) + i * d, d);
-  }
+  const int64_t channels = smaller(op.channels, d), query_size = group_heads * padded(channels);
   float* scores = take<float>(pairs * size);
-  int64_t* found = take<int64_t>(pairs);
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    const int32_t* candidates = op.candidates + pair * count;
-    found[pair] = count;
-    while (found[pair] > 0 && candidates[found[pair] - 1] < 0) --found[pair];
-  }
-  Tasks tasks = cut(op.rows, op.shape.kv_heads, 32, INT32_MAX, [&](int32_t) { return count; });
+  float* queries = take<float>(pairs * query_size);
+  int32_t* chosen = take<int32_t>(pairs * channels);
+  auto* refined = take<Refined>(pairs);
   float* rows = take<float>(pitch * num_threads());
+  parallel_for(pairs, [&](int64_t pair) {
+    const int64_t row = pair / kv_heads;
+    const int32_t* candidates = op.candidates + pair * count;
+    int64_t found = count;
+    while (found > 0 && candidates[found - 1] < 0) --found;
+    refined[pair] = Refined{candidates,
+                            op.block_table.data + row * op.block_table.stride,
+                            static_cast<int32_t>(pair % kv_heads),
+                            found,
+                            channels,
+                            chosen + pair * channels,
+                            queries + pair * query_size};
+    prepare<T>(op, static_cast<const T*>(op.query) + pair * group_heads * d,
+               rows + pitch * omp_get_thread_num(), refined[pair]);
+  });
+  Tasks tasks = cut(op.rows, op.shape.kv_heads, 32, INT32_MAX, [&](int32_t) { return count; });
   __builtin_memset(rows, 0, static_cast<size_t>(pitch * num_threads()) * sizeof(float));
   parallel_for(tasks.count, [&](int64_t i) {
     const Task& task = tasks.data[i];
     const int64_t pair = task.row * kv_heads + task.head;
-    score_candidates<T>(op, op.block_table.data + task.row * op.block_table.stride, task.head,
-                        op.candidates + pair * count, task.begin, smaller(task.end, found[pair]),
-                        queries + pair * group_heads * pitch, rows + pitch * omp_get_thread_num(),
-                        scores + pair * size);
+    score_candidates<T>(op, refined[pair], task.begin, smaller(task.end, refined[pair].found),
+                        rows + pitch * omp_get_thread_num(), scores + pair * size);
   });
   uint64_t* buffers = take<uint64_t>(buffer_size(k) * num_threads());
   parallel_for(pairs, [&](int64_t pair) {
     int32_t* indices = op.indices + pair * k;
     const int32_t* candidates = op.candidates + pair * count;
     int64_t kept = 0;
-    if (found[pair] > 0) {
+    if (refined[pair].found > 0) {
       float* weights = scores + pair * size;
-      sum_weights(op, weights, found[pair]);
+      sum_weights(op, weights, refined[pair].found);
       uint64_t* keys = buffers + buffer_size(k) * omp_get_thread_num();
-      kept = best_keys(keys, weights, 0, found[pair], k);
+      kept = best_keys(keys, weights, 0, refined[pair].found, k);
       for (int64_t j = 0; j < kept; ++j) indices[j] = candidates[key_position(keys[j])];
       sort_positions(indices, kept);
     }

@@ -18,7 +18,7 @@ def candidates_of(lengths: list[int], heads: int, count: int, seed: int = 1) -> 
     return result
 
 
-def weights_of(context, query, candidates, scale, softcap) -> torch.Tensor:
+def weights_of(context, query, candidates, channels, scale, softcap) -> torch.Tensor:
     """float64 [R, Hk, C]: what each candidate weighs; -1 where there is none."""
     key_cache = context.cache.host.key
     _, heads, block_size, _ = key_cache.shape
@@ -28,7 +28,13 @@ def weights_of(context, query, candidates, scale, softcap) -> torch.Tensor:
         for head in range(heads):
             chosen = candidates[row, head][candidates[row, head] >= 0].long()
             blocks = context.block_table[row, chosen // block_size].long()
-            scores = grouped[head] @ key_cache[blocks, head, chosen % block_size].double().T * scale
+            key = key_cache[blocks, head, chosen % block_size].double()
+            samples = min(16, len(chosen))
+            spread = [key[i * len(chosen) // samples].abs() for i in range(samples)]
+            if spread:
+                worth = torch.stack(spread).amax(0) * grouped[head].abs().amax(0)
+                key[:, worth.argsort(descending=True, stable=True)[channels:]] = 0
+            scores = grouped[head] @ key.T * scale
             if softcap:
                 scores = softcap * (scores / softcap).tanh()
             if len(chosen):
@@ -36,13 +42,13 @@ def weights_of(context, query, candidates, scale, softcap) -> torch.Tensor:
     return result
 
 
-def check(function, context, query, candidates, k, scale=0.1, softcap=0.0) -> None:
+def check(function, context, query, candidates, k, channels=None, scale=0.1, softcap=0.0):
     """The k heaviest candidates, but for those whose weights float32 cannot tell apart."""
     indices = torch.full((*candidates.shape[:2], k), 12345, dtype=torch.int32)
-    function(
-        indices, candidates, query, context.cache.host.key, context.block_table, scale, softcap
-    )
-    weights = weights_of(context, query, candidates, scale, softcap)
+    channels = channels or query.shape[2]
+    key, table = context.cache.host.key, context.block_table
+    function(indices, candidates, query, key, table, channels, scale, softcap)
+    weights = weights_of(context, query, candidates, channels, scale, softcap)
     for row in range(len(query)):
         for head in range(candidates.shape[1]):
             there = candidates[row, head][candidates[row, head] >= 0].tolist()
@@ -59,9 +65,7 @@ def check(function, context, query, candidates, k, scale=0.1, softcap=0.0) -> No
 
 @pytest.mark.parametrize("key_layout", list(KeyLayout))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("group_heads", "head_size"), [(1, 64), (4, 80), (8, 96), (3, 128), (4, 256)]
-)
+@pytest.mark.parametrize("heads", [(1, 64), (4, 80), (8, 96), (3, 128), (4, 256)])
 def test_keeps_the_heaviest(cpu, build_context, key_layout, dtype, heads):
     group_heads, head_size = heads
     lengths = [1, 127, 128, 129, 700]
@@ -71,6 +75,8 @@ def test_keeps_the_heaviest(cpu, build_context, key_layout, dtype, heads):
     for function in (cpu.refine_topk, reference.refine_topk):
         check(function, context, query, candidates, 25)
         check(function, context, query, candidates, 100)
+        check(function, context, query, candidates, 25, channels=head_size * 3 // 8)
+        check(function, context, query, candidates, 25, channels=1)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
@@ -78,7 +84,7 @@ def test_softcap(cpu, build_context, softcap):
     context = build_context([300])
     query = torch.randn(1, 8, 64).bfloat16() * 4
     for function in (cpu.refine_topk, reference.refine_topk):
-        check(function, context, query, candidates_of([300], 2, 64), 16, 0.3, softcap)
+        check(function, context, query, candidates_of([300], 2, 64), 16, 64, 0.3, softcap)
 
 
 def test_equal_weights_keep_the_lower_positions(cpu, build_context):
@@ -88,7 +94,9 @@ def test_equal_weights_keep_the_lower_positions(cpu, build_context):
     candidates = candidates_of([256], 2, 40)
     for function in (cpu.refine_topk, reference.refine_topk):
         indices = torch.zeros(1, 2, 8, dtype=torch.int32)
-        function(indices, candidates, query, context.cache.host.key, context.block_table, 0.1, 0.0)
+        function(
+            indices, candidates, query, context.cache.host.key, context.block_table, 64, 0.1, 0.0
+        )
         assert torch.equal(indices, candidates[..., :8])
 
 
@@ -98,7 +106,9 @@ def test_no_candidates(cpu, build_context):
     query = torch.ones(1, 4, 64, dtype=torch.bfloat16)
     for function in (cpu.refine_topk, reference.refine_topk):
         indices = torch.zeros(1, 2, 4, dtype=torch.int32)
-        function(indices, candidates, query, context.cache.host.key, context.block_table, 0.1, 0.0)
+        function(
+            indices, candidates, query, context.cache.host.key, context.block_table, 64, 0.1, 0.0
+        )
         assert (indices == -1).all()
 
 
@@ -108,7 +118,7 @@ def test_public_op_checks_its_arguments(build_context):
     query = torch.ones(1, 4, 64, dtype=torch.bfloat16)
     indices = torch.zeros(1, 2, 5, dtype=torch.int32)
     key, table = context.cache.host.key, context.block_table
-    ops.refine_topk(indices, candidates, query, key, table, scale=0.1)
+    ops.refine_topk(indices, candidates, query, key, table, channels=64, scale=0.1)
     for broken in (
         (indices[:, :1], candidates, query, key, table),
         (indices, candidates.long(), query, key, table),
@@ -117,4 +127,7 @@ def test_public_op_checks_its_arguments(build_context):
         (indices, candidates, query, key, table[:0]),
     ):
         with pytest.raises(ValueError):
-            ops.refine_topk(*broken, scale=0.1)
+            ops.refine_topk(*broken, channels=64, scale=0.1)
+    for channels in (0, 65):
+        with pytest.raises(ValueError, match="channels"):
+            ops.refine_topk(indices, candidates, query, key, table, channels=channels, scale=0.1)

@@ -91,7 +91,18 @@ def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tenso
         query,
         host.key,
         rows.block_table,
+        channels=_ranked_channels(host.key),
         scale=layer.scale,
         softcap=layer.softcap,
     )
     return indices
+
+
+def _ranked_channels(key: torch.Tensor) -> int:
+    """Channels of [NB, Hk, bs, d] pages that ranking again reads.
+
+    Where a token's channels lie apart, each costs a cache line; three eighths of them ranked as
+    well as all on the model measured (`benchmarks/accuracy/NOTES.md`).
+    """
+    head_size = key.shape[3]
+    return head_size if key.stride(3) == 1 else max(1, head_size * 3 // 8)
