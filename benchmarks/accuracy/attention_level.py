@@ -57,7 +57,8 @@ class _Observer:
             kept[:, tail:] = True
             partial = weights * kept[:, None]
             mass = partial.sum(-1, keepdim=True)
-            full, ours = weights @ value, (partial / mass) @ value
+            # A policy may keep nothing that float32 can tell from zero.
+            full, ours = weights @ value, (partial / mass.clamp(min=1e-30)) @ value
             self.seen["mass"].append(mass.mean().item())
             self.seen["error"].append(
                 ((ours - full).norm(dim=-1) / full.norm(dim=-1)).mean().item()
