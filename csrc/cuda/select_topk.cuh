@@ -141,13 +141,14 @@ __device__ __forceinline__ Selection next_selection(const TopkTask& task,
 
 // Count digit `Pass`.
 template <int Threads, int Pass>
-__global__ void __launch_bounds__(Threads, 1)
+__global__ void __launch_bounds__(Threads, 2)
     count_digits(SelectTopk op, TopkWorkspace workspace, int32_t parts) {
   constexpr int kCount = bins_of_pass(Pass);
-  __shared__ uint32_t counts[kCount];
+  // And, behind the counts, how many keys have higher digits above those of the selection.
+  __shared__ uint32_t counts[kCount + 1];
   const TopkTask task = topk_task(op, parts);
   if (task.wanted == 0) return;
-  for (int bin = threadIdx.x; bin < kCount; bin += Threads) counts[bin] = 0;
+  for (int bin = threadIdx.x; bin <= kCount; bin += Threads) counts[bin] = 0;
   Selection selection{0, task.wanted};
   if constexpr (Pass > 0) {
     selection = next_selection<Threads, Pass - 1>(task, workspace);
@@ -156,7 +157,6 @@ __global__ void __launch_bounds__(Threads, 1)
     }
   }
   __syncthreads();
-  uint32_t higher = 0;
   const Vectors vectors = part_of(task.middle, task.part, parts);
   for (int32_t vector = vectors.begin + static_cast<int32_t>(threadIdx.x); vector < vectors.end;
        vector += Threads) {
@@ -167,7 +167,8 @@ __global__ void __launch_bounds__(Threads, 1)
       if ((inside >> i & 1) == 0) continue;
       const uint32_t prefix = key_prefix(keys[i], Pass);
       if (prefix == selection.prefix) atomicAdd(&counts[key_digit(keys[i], Pass)], 1u);
-      if (prefix > selection.prefix) ++higher;
+      // Fewer than k.
+      if (Pass == kPasses - 1 && prefix > selection.prefix) atomicAdd(&counts[kCount], 1u);
     }
   }
   __syncthreads();
@@ -176,11 +177,9 @@ __global__ void __launch_bounds__(Threads, 1)
     if (counts[bin] != 0) atomicAdd(&histogram[bin], counts[bin]);
   }
   if constexpr (Pass == kPasses - 1) {
-    uint32_t all_higher;
-    exclusive_sum<Threads>(higher, &all_higher);
     uint32_t* at_least = workspace.at_least + (task.pair * parts + task.part) * (kCount + 1);
-    uint32_t sum = all_higher + count_above<Threads, kCount>(counts);
-    if (threadIdx.x == 0) at_least[kCount] = all_higher;
+    uint32_t sum = counts[kCount] + count_above<Threads, kCount>(counts);
+    if (threadIdx.x == 0) at_least[kCount] = counts[kCount];
 #pragma unroll
     for (int i = 0; i < kCount / Threads; ++i) {
       const int bin = highest_bin<Threads, kCount>() - i;
@@ -192,7 +191,7 @@ __global__ void __launch_bounds__(Threads, 1)
 
 // Write the positions of the selected tokens in order, then -1.
 template <int Threads>
-__global__ void __launch_bounds__(Threads, 1)
+__global__ void __launch_bounds__(Threads, 2)
     write_selected(SelectTopk op, TopkWorkspace workspace, int32_t parts) {
   const TopkTask task = topk_task(op, parts);
   int32_t* indices = op.indices + task.pair * op.k;
@@ -204,6 +203,7 @@ __global__ void __launch_bounds__(Threads, 1)
   const Selection last = next_selection<Threads, kPasses - 1>(task, workspace);
   const uint32_t digit = key_digit(last.prefix, kPasses - 1);
   uint32_t above = 0, equal = 0;
+#pragma unroll 1
   for (int32_t part = threadIdx.x; part < task.part; part += Threads) {
     const uint32_t* at_least =
         workspace.at_least + (task.pair * parts + part) * (kLastBins + 1) + digit;
@@ -213,6 +213,7 @@ __global__ void __launch_bounds__(Threads, 1)
   exclusive_sum<Threads>(above, &above);
   exclusive_sum<Threads>(equal, &equal);
   const Vectors vectors = part_of(task.middle, task.part, parts);
+#pragma unroll 1
   for (int32_t start = vectors.begin; start < vectors.end; start += Threads) {
     const int32_t vector = start + static_cast<int32_t>(threadIdx.x);
     uint32_t keys[kVector], inside = 0, found = 0;

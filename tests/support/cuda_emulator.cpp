@@ -66,6 +66,12 @@ const char* emulate_reduce_channels(uint32_t seed, const ReduceChannels* op) {
   });
 }
 
+// For a check that the structures of the caller are those of ops.h.
+int size_of_SelectTopk() { return sizeof(SelectTopk); }
+int size_of_GatherRows() { return sizeof(GatherRows); }
+int size_of_Codes() { return sizeof(Codes); }
+int size_of_ReduceChannels() { return sizeof(ReduceChannels); }
+
 // The arithmetic by itself.
 uint32_t key_of(float score) { return sort_key(score); }
 uint32_t prefix_of(uint32_t key, int pass) { return key_prefix(key, pass); }
