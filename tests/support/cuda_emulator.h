@@ -1,9 +1,10 @@
 // Runs CUDA kernels on the host, one thread block after another, each thread a fiber.
 //
-// Included before csrc/cuda/*.cuh and a host compiler, it gives their CUDA names a meaning. Between
-// two barriers threads run one by one in an order that a seed decides, so that a missing barrier
-// shows as a wrong result. A barrier that some threads of a block never reach, and an access to
-// memory that the process does not own (tests put guard pages around tensors), end the launch.
+// Included before csrc/cuda/*.cuh under a host compiler, it gives their CUDA names a meaning.
+// Between two barriers one warp after another goes as far as it can, in an order that a seed
+// decides, so that a missing barrier shows as a wrong result. A barrier that some threads of a
+// block never reach, and an access to memory that the process does not own (tests put guard pages
+// around tensors), end the launch.
 #pragma once
 
 #include <setjmp.h>
@@ -80,6 +81,21 @@ inline bool release(size_t begin, size_t end, State state) {
   return true;
 }
 
+// Run those of threads [begin, end) that can until they wait or end. Returns whether any could.
+inline bool run_warp(int begin, int end) {
+  std::vector<int> order(end - begin);
+  std::iota(order.begin(), order.end(), begin);
+  std::shuffle(order.begin(), order.end(), random_order);
+  bool ran = false;
+  for (int i : order) {
+    if (threads[i].state != State::kReady) continue;
+    threadIdx.x = static_cast<uint32_t>(i);
+    swapcontext(&scheduler, &threads[i].context);
+    ran = true;
+  }
+  return ran;
+}
+
 inline bool run_block(int count) {
   for (int i = 0; i < count; ++i) {
     Thread& thread = threads[i];
@@ -89,27 +105,25 @@ inline bool run_block(int count) {
     thread.state = State::kReady;
     makecontext(&thread.context, run_thread, 0);
   }
-  std::vector<int> order(count);
-  std::iota(order.begin(), order.end(), 0);
-  while (true) {
-    std::shuffle(order.begin(), order.end(), random_order);
-    bool ran = false;
-    for (int i : order) {
-      if (threads[i].state != State::kReady) continue;
-      threadIdx.x = static_cast<uint32_t>(i);
-      swapcontext(&scheduler, &threads[i].context);
-      ran = true;
+  std::vector<int> warps((count + kWarp - 1) / kWarp);
+  std::iota(warps.begin(), warps.end(), 0);
+  const auto run_one = [&] {
+    for (int warp : warps) {
+      const int begin = warp * kWarp, end = std::min(begin + kWarp, count);
+      if (!run_warp(begin, end)) continue;
+      release(begin, end, State::kAtShuffle);
+      return true;
     }
-    if (ran) {
-      for (int i = 0; i < count; i += kWarp) {
-        release(i, std::min(i + kWarp, count), State::kAtShuffle);
-      }
-      release(0, count, State::kAtBarrier);
-      continue;
+    return false;
+  };
+  do {
+    // Up to the next barrier the first of these goes as far as it can, then the second.
+    std::shuffle(warps.begin(), warps.end(), random_order);
+    while (run_one()) {
     }
-    return std::all_of(threads.begin(), threads.begin() + count,
-                       [](const Thread& thread) { return thread.state == State::kDone; });
-  }
+  } while (release(0, count, State::kAtBarrier));
+  return std::all_of(threads.begin(), threads.begin() + count,
+                     [](const Thread& thread) { return thread.state == State::kDone; });
 }
 
 inline void fault(int) { siglongjmp(on_fault, 1); }
