@@ -1,13 +1,23 @@
-"""Build of vllm_tailorkv: the package and its C++ ops for CPUs.
+"""Build of vllm_tailorkv: the package, its C++ ops for CPUs and its CUDA ops.
 
 torch and vLLM come from the environment (their wheels differ by platform), so install with
 `pip install --no-build-isolation .` where torch is installed.
+
+The CUDA ops need nvcc alone, neither a GPU nor a CUDA build of torch:
+    TAILORKV_CUDA        `auto` (default): build them where nvcc is found; `1`: fail where it is
+                         not; `0`: leave them out.
+    TAILORKV_CUDA_ARCHS  compute capabilities as "80 90"; default: those from 80 to 120 that
+                         nvcc knows. The highest is kept as PTX too, for later GPUs.
+nvcc is looked for in CUDA_HOME, on PATH and in /usr/local/cuda.
 """
 
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
-from setuptools import find_namespace_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -31,6 +41,17 @@ SOURCES = (
     "kernels_portable.cpp",
 )
 
+STABLE_ABI = [
+    "-std=c++20",
+    "-fvisibility=hidden",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-DTORCH_STABLE_ONLY",
+    "-DPy_LIMITED_API=0x030b0000",
+]
+
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+NVCC_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+
 
 def version() -> str:
     """The package's version, read without importing it."""
@@ -49,6 +70,117 @@ def packages() -> list[str]:
     return sorted({*inner, *outer})
 
 
+def find_nvcc() -> Path | None:
+    """CUDA's compiler, or None where there is none."""
+    folders = [os.environ["CUDA_HOME"]] if os.environ.get("CUDA_HOME") else []
+    on_path = shutil.which("nvcc")
+    candidates = [Path(folder) / "bin" / "nvcc" for folder in folders]
+    candidates += [Path(on_path)] if on_path else []
+    candidates += [Path("/usr/local/cuda/bin/nvcc")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def ask_nvcc(nvcc: Path, *arguments: str) -> str:
+    """What nvcc prints."""
+    command = [str(nvcc), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def cuda_archs(nvcc: Path) -> list[str]:
+    """The compute capabilities to compile for, as nvcc writes them, in rising order."""
+    known = set(re.findall(r"compute_(\w+)", ask_nvcc(nvcc, "--list-gpu-arch")))
+    wanted = re.split(r"[\s,;]+", os.environ.get("TAILORKV_CUDA_ARCHS", "").strip())
+    if wanted == [""]:
+        return [arch for arch in CUDA_ARCHS if arch in known]
+    if unknown := [arch for arch in wanted if arch not in known]:
+        raise SystemExit(
+            f"TAILORKV_CUDA_ARCHS={' '.join(wanted)}: {nvcc} does not know {' '.join(unknown)}; "
+            f"choose from {' '.join(sorted(known, key=int))}"
+        )
+    return sorted(wanted, key=int)
+
+
+def cuda_library(nvcc: Path) -> Path:
+    """The folder of the static CUDA runtime of this nvcc."""
+    # nvcc may be a script or a link elsewhere, so ask it.
+    command = [str(nvcc), "--dryrun", "-x", "cu", "/dev/null"]
+    plan = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    home = Path(top[1]).resolve() if top else nvcc.resolve().parent.parent
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        if (home / folder / "libcudart_static.a").is_file():
+            return home / folder
+    raise SystemExit(f"libcudart_static.a was not found under {home}; install CUDA's runtime")
+
+
+def cuda_extension() -> Extension | None:
+    """The CUDA ops, or None where they are not to be built."""
+    wanted = os.environ.get("TAILORKV_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"TAILORKV_CUDA={wanted} is unknown; choose auto, 0 or 1")
+    nvcc = find_nvcc() if wanted != "0" else None
+    if nvcc is None:
+        if wanted == "1":
+            raise SystemExit(
+                "TAILORKV_CUDA=1, but nvcc was not found; install the CUDA toolkit, or name "
+                "its folder in CUDA_HOME"
+            )
+        return None
+    extension = CppExtension(
+        "vllm_tailorkv._cuda",
+        ["csrc/cuda/binding.cpp"],
+        depends=[str(path) for path in cuda_headers()],
+        py_limited_api=True,
+        extra_compile_args=["-O2", *STABLE_ABI],
+        library_dirs=[str(cuda_library(nvcc))],
+        libraries=["cudart_static", "dl", "rt", "pthread"],
+    )
+    extension.nvcc = nvcc
+    return extension
+
+
+def cuda_headers() -> list[Path]:
+    """What the CUDA sources include."""
+    return sorted(path for path in Path("csrc/cuda").iterdir() if path.suffix in (".h", ".cuh"))
+
+
+class Build(BuildExtension):
+    """Compiles the kernels with nvcc, then the rest like any extension.
+
+    torch's own support for CUDA sources needs a CUDA build of torch.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one extension."""
+        if hasattr(ext, "nvcc"):
+            ext.extra_objects = [str(self.compile_kernels(ext.nvcc))]
+        super().build_extension(ext)
+
+    def compile_kernels(self, nvcc: Path) -> Path:
+        """Compile `launch.cu` to an object file, where it or its headers have changed."""
+        source, target = Path("csrc/cuda/launch.cu"), Path(self.build_temp) / "launch.o"
+        archs = cuda_archs(nvcc)
+        command = [str(nvcc), *NVCC_FLAGS, f"-DTAILORKV_CUDA_ARCHS={' '.join(archs)}"]
+        for arch in archs:
+            command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+        command += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+        command += ["-c", str(source), "-o", str(target)]
+        stamp = target.with_suffix(".command")
+        inputs = [source, *cuda_headers()]
+        if (
+            target.exists()
+            and stamp.exists()
+            and stamp.read_text() == "\n".join(command)
+            and all(path.stat().st_mtime < target.stat().st_mtime for path in inputs)
+        ):
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        print("vllm_tailorkv:", " ".join(command), flush=True)
+        subprocess.run(command, check=True)
+        stamp.write_text("\n".join(command))
+        return target
+
+
 cpu_extension = CppExtension(
     "vllm_tailorkv._cpu",
     [f"csrc/cpu/{source}" for source in SOURCES],
@@ -56,14 +188,10 @@ cpu_extension = CppExtension(
     py_limited_api=True,
     extra_compile_args=[
         "-O3",
-        "-std=c++20",
         "-fopenmp",
         # A multiplication and an addition must not be contracted: codes agree to the bit.
         "-ffp-contract=off",
-        "-fvisibility=hidden",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        "-DTORCH_STABLE_ONLY",
-        "-DPy_LIMITED_API=0x030b0000",
+        *STABLE_ABI,
     ],
     extra_link_args=["-fopenmp"],
 )
@@ -91,7 +219,7 @@ setup(
         "console_scripts": ["vllm-tailorkv = vllm_tailorkv.cli:main"],
         "vllm.general_plugins": ["tailorkv = vllm_tailorkv.plugin:register"],
     },
-    ext_modules=[cpu_extension],
-    cmdclass={"build_ext": BuildExtension},
+    ext_modules=[ext for ext in (cpu_extension, cuda_extension()) if ext is not None],
+    cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

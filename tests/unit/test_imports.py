@@ -138,8 +138,8 @@ def test_no_import_upwards(module: str) -> None:
     room = room_of(module)
     assert room in RANKS, f"give {room} a place in ORDER"
     for other in imported_rooms(module):
-        if other == "_cpu":
-            assert module == f"{PACKAGE}.kernels.cpu"
+        if other in ("_cpu", "_cuda"):
+            assert module == f"{PACKAGE}.kernels.{other[1:]}"
             continue
         assert other in RANKS, f"{module} imports {other}, which has no place in ORDER"
         assert RANKS[other] >= RANKS[room], f"{module} imports {other}, which is above it"
