@@ -78,6 +78,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "httpx",
+        "matplotlib",
         "openai",
         "packaging",
         "psutil",
