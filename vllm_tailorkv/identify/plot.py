@@ -36,7 +36,7 @@ def _figure(profile: Profile, found: Identification) -> Figure:
         axes.hlines(layer.score, index - 0.4, index + 0.4, color=color, linewidth=2.2, zorder=4)
     axes.axhline(found.beta, color=_THRESHOLD, linewidth=1, linestyle="--", zorder=2)
     axes.set_xlim(-0.6, profile.num_layers - 0.4)
-    axes.set_ylim(0, 1)
+    axes.set_ylim(-0.02, 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=40))
     axes.set_xlabel("layer")
     axes.set_ylabel("dense preference")
@@ -52,8 +52,8 @@ def _figure(profile: Profile, found: Identification) -> Figure:
         fontsize="small",
         color="#555555",
     )
-    axes.legend(
-        handles=_legend(profile, found), loc="upper right", fontsize="small", framealpha=0.9
+    figure.legend(
+        handles=_legend(profile, found), loc="outside right upper", fontsize="small", frameon=False
     )
     return figure
 
