@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vllm_tailorkv.errors import TailorKVError
@@ -223,7 +224,7 @@ def _measure(options: argparse.Namespace, console: Console) -> Profile:
         )
     count = len(prompt.token_ids)
     with ExitStack() as stack:
-        with console.status(f"Loading {options.model}"):
+        with console.status(f"Loading {escape(options.model)}"):
             llm = stack.enter_context(engine.open_engine(settings, model_config, count))
         with _progress(console) as progress:
             task = progress.add_task(f"Reading {count:,} tokens", total=1)
@@ -251,13 +252,13 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     profile = _measure(options, console)
     write_profile(path, profile)
     print_scores(console, profile)
-    console.print(f"Profile: {path}", soft_wrap=True, highlight=False)
+    console.print(f"Profile: {path}", soft_wrap=True, highlight=False, markup=False)
     if options.plot is not None:
         with console.status("Drawing"):
             from vllm_tailorkv.identify.plot import save_plot  # noqa: PLC0415  (matplotlib)
 
             save_plot(options.plot, profile)
-        console.print(f"Picture: {options.plot}", soft_wrap=True, highlight=False)
+        console.print(f"Picture: {options.plot}", soft_wrap=True, highlight=False, markup=False)
     if path.parent.resolve() == Path(options.model).resolve() and path.name == NEIGHBOUR:
         use = f"vllm serve {options.model} --attention-backend tailorkv"
     else:

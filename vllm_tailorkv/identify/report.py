@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vllm_tailorkv.profile import Profile
@@ -23,8 +24,8 @@ def print_scores(console: Console, profile: Profile) -> None:
     assert found is not None
     prompt = found.prompt
     table = Table(
-        title=f"Dense preference of {Path(found.model).name}",
-        caption=f"{prompt.source}, {prompt.tokens:,} tokens, last {found.queries} queries, alpha "
+        title=f"Dense preference of {escape(Path(found.model).name)}",
+        caption=f"{escape(prompt.source)}, {prompt.tokens:,} tokens, last {found.queries} queries, alpha "
         f"{found.alpha:g}: the share of attention outside the {found.alpha:.1%} largest weights; "
         f"dense above beta {found.beta:g}",
     )
