@@ -25,9 +25,9 @@ def print_scores(console: Console, profile: Profile) -> None:
     prompt = found.prompt
     table = Table(
         title=f"Dense preference of {escape(Path(found.model).name)}",
-        caption=f"{escape(prompt.source)}, {prompt.tokens:,} tokens, last {found.queries} queries, alpha "
-        f"{found.alpha:g}: the share of attention outside the {found.alpha:.1%} largest weights; "
-        f"dense above beta {found.beta:g}",
+        caption=f"{escape(prompt.source)}, {prompt.tokens:,} tokens, last {found.queries} queries, "
+        f"alpha {found.alpha:g}: the share of attention outside the {found.alpha:.1%} largest "
+        f"weights; dense above beta {found.beta:g}",
     )
     table.add_column("layer", justify="right")
     table.add_column("score", justify="right")
