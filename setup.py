@@ -206,6 +206,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "httpx",
+        "matplotlib",
         "openai",
         "packaging",
         "psutil",

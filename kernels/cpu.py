@@ -170,10 +170,10 @@ def sparse_decode_attention(
 
 
 def dense_preference(
-    query: torch.Tensor, key: torch.Tensor, alpha: float, scale: float
+    query: torch.Tensor, key: torch.Tensor, alpha: float, scale: float, softcap: float
 ) -> torch.Tensor:
     """See `ops.dense_preference`."""
     result = torch.empty(query.shape[1], dtype=torch.float32)
     kept = max(1, math.floor(alpha * key.shape[0]))
-    _ops.dense_preference(result, query, key, kept, scale)
+    _ops.dense_preference(result, query, key, kept, scale, softcap)
     return result

@@ -248,6 +248,7 @@ def dense_preference(
     *,
     alpha: float,
     scale: float,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """How much of its attention a layer spreads beyond a few tokens (section 3.1).
 
@@ -259,9 +260,10 @@ def dense_preference(
         key: [L, Hk, d], all keys of the prompt, the query's dtype; L >= n.
         alpha: share of the context counted, in (0, 1].
         scale: factor on q.k before the softmax.
+        softcap: if positive, scores become `softcap * tanh(score / softcap)`.
 
     Returns:
         float32 [H]; the layer's score is its mean.
     """
     checks.check_preference(query, key, alpha)
-    return implementation("dense_preference", key)(query, key, alpha, scale)
+    return implementation("dense_preference", key)(query, key, alpha, scale, softcap)

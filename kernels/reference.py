@@ -334,7 +334,7 @@ def sparse_decode_attention(
 
 
 def dense_preference(
-    query: torch.Tensor, key: torch.Tensor, alpha: float, scale: float
+    query: torch.Tensor, key: torch.Tensor, alpha: float, scale: float, softcap: float
 ) -> torch.Tensor:
     """See `ops.dense_preference`."""
     num_queries, num_heads, _ = query.shape
@@ -344,6 +344,9 @@ def dense_preference(
     total = torch.zeros(num_kv_heads, num_heads // num_kv_heads)
     for i in range(num_queries):
         visible = key[: length - num_queries + i + 1].float()
-        weights = torch.einsum("hgd,nhd->hgn", grouped[i] * scale, visible).softmax(-1)
+        scores = torch.einsum("hgd,nhd->hgn", grouped[i] * scale, visible)
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        weights = scores.softmax(-1)
         total += weights.topk(min(kept, visible.shape[0]), dim=-1).values.sum(-1)
     return 1 - (total / num_queries).flatten()

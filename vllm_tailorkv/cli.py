@@ -13,6 +13,8 @@ examples:
       what is installed, what will run and why, what is missing
   vllm-tailorkv options
       every option with its default and its environment variable
+  vllm-tailorkv identify ./my-model --plot scores.png
+      measure which layers are dense; the profile goes beside the model
   vllm-tailorkv demo --tokens 32768
       hide needles in a long real text and ask for them through a server
 
@@ -61,12 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="say what is installed, what will run and what is missing")
     commands.add_parser("options", help="list every option with its default and meaning")
+    commands.add_parser(
+        "identify", help="find the dense layers of a model (see identify --help)", add_help=False
+    )
     commands.add_parser("demo", help="run the demo (see demo --help)", add_help=False)
     parsed, rest = parser.parse_known_args(arguments)
     if parsed.command == "demo":
         from vllm_tailorkv.demo import __main__ as demo  # noqa: PLC0415
 
         return demo.main(rest)
+    if parsed.command == "identify":
+        from vllm_tailorkv.identify import command  # noqa: PLC0415
+
+        return command.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if parsed.command == "options":

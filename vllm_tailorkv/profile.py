@@ -1,17 +1,20 @@
 """Which layers are dense and which are sparse: the layer plan of a model.
 
 A profile file is JSON with `schema_version`, `architecture`, `num_layers`, `num_kv_heads`,
-`head_size` (of the whole model, before tensor parallelism) and `dense_layers`.
+`head_size` (of the whole model, before tensor parallelism) and `dense_layers`. One that was
+measured (`vllm-tailorkv identify`) has `num_heads` and `identified` as well: how, on which
+prompt, and the score of every layer and head.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_tailorkv.config import DensePlan
 from vllm_tailorkv.errors import TailorKVError
@@ -32,6 +35,7 @@ class ModelShape:
         num_layers: decoder layers, all pipeline stages.
         num_kv_heads: KV heads of a layer, all tensor-parallel ranks.
         head_size: channels of a head.
+        num_heads: query heads of a layer, all tensor-parallel ranks; None if unknown.
     """
 
     name: str
@@ -39,6 +43,58 @@ class ModelShape:
     num_layers: int
     num_kv_heads: int
     head_size: int
+    num_heads: int | None = None
+
+
+class LayerScore(BaseModel):
+    """The dense preference of a layer, in [0, 1]: the mean over its query heads, and each."""
+
+    model_config = ConfigDict(frozen=True)
+
+    score: float
+    heads: tuple[float, ...]
+
+
+class Prompt(BaseModel):
+    """The prompt that a model was identified with.
+
+    `sha256` is of the text (UTF-8), of which the first `tokens` tokens were read.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    sha256: str
+    tokens: int
+
+
+class Identification(BaseModel):
+    """How a plan was found (section 3.1 of the paper).
+
+    A layer whose score, over the last `queries` queries of the prompt, exceeds `beta` is dense.
+    `layers` has None for layers that keep a sliding window: they are left to vLLM.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    model: str
+    alpha: float
+    beta: float
+    queries: int
+    prompt: Prompt
+    dtype: str
+    quantization: str | None
+    vllm: str
+    layers: tuple[LayerScore | None, ...]
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose score exceeds `beta`, ascending."""
+        return tuple(
+            i
+            for i, layer in enumerate(self.layers)
+            if layer is not None and layer.score > self.beta
+        )
 
 
 class Profile(BaseModel):
@@ -51,7 +107,18 @@ class Profile(BaseModel):
     num_layers: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
     head_size: int = Field(gt=0)
+    num_heads: int | None = Field(default=None, gt=0)
     dense_layers: tuple[int, ...]
+    identified: Identification | None = None
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        if self.identified is not None and len(self.identified.layers) != self.num_layers:
+            raise ValueError(
+                f"identified.layers has {len(self.identified.layers)} entries for "
+                f"{self.num_layers} layers"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -92,18 +159,18 @@ def _plan(dense: tuple[int, ...], shape: ModelShape, source: str) -> LayerPlan:
 
 def _misfit(profile: Profile, shape: ModelShape) -> str | None:
     """Why a profile is not this model's, or None if it may be."""
-    for field in ("architecture", "num_layers", "num_kv_heads", "head_size"):
+    for field in ("architecture", "num_layers", "num_heads", "num_kv_heads", "head_size"):
         of_profile, of_model = getattr(profile, field), getattr(shape, field)
-        if of_profile != of_model:
+        if None not in (of_profile, of_model) and of_profile != of_model:
             return f"it is for {field} {of_profile}, the model has {of_model}"
     return None
 
 
-def read_profile(path: Path, shape: ModelShape) -> LayerPlan:
-    """The plan of a profile file.
+def load_profile(path: Path) -> Profile:
+    """The content of a profile file.
 
     Raises:
-        TailorKVError: the file is missing or malformed, or was made for another model.
+        TailorKVError: the file is missing or malformed, or of another schema.
     """
     try:
         profile = Profile.model_validate(json.loads(path.read_text()))
@@ -123,6 +190,16 @@ def read_profile(path: Path, shape: ModelShape) -> LayerPlan:
             f"profile={str(path)!r} has schema_version {profile.schema_version}; this version of "
             f"vllm-tailorkv reads {SCHEMA_VERSION}"
         )
+    return profile
+
+
+def read_profile(path: Path, shape: ModelShape) -> LayerPlan:
+    """The plan of a profile file.
+
+    Raises:
+        TailorKVError: the file is missing or malformed, or was made for another model.
+    """
+    profile = load_profile(path)
     if why := _misfit(profile, shape):
         raise TailorKVError(
             f"profile={str(path)!r} does not fit {shape.name}: {why}; give the profile of this "
@@ -131,12 +208,28 @@ def read_profile(path: Path, shape: ModelShape) -> LayerPlan:
     return _plan(profile.dense_layers, shape, str(path))
 
 
+def write_profile(path: Path, profile: Profile) -> None:
+    """Write a profile file, a layer's scores on one line.
+
+    Raises:
+        TailorKVError: the file cannot be written.
+    """
+    text = json.dumps(profile.model_dump(mode="json"), indent=2)
+    text = re.sub(r"\[\n[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+    try:
+        path.write_text(text + "\n")
+    except OSError as error:
+        raise TailorKVError(
+            f"--output {path}: {error.strerror}; give a path that can be written"
+        ) from None
+
+
 def _published() -> Iterator[dict[str, Any]]:
     text = (files("vllm_tailorkv") / "data" / "profiles.json").read_text()
     yield from json.loads(text)["profiles"]
 
 
-def _base_name(model: str) -> str:
+def base_name(model: str) -> str:
     """A model's name without its owner, in lower case, also from the hub's cache folder.
 
     Offline, vLLM names a model by its snapshot, `.../models--owner--name/snapshots/<hash>`.
@@ -160,7 +253,7 @@ def layer_plan(profile: str | DensePlan | None, shape: ModelShape) -> LayerPlan:
     neighbour = Path(shape.name) / NEIGHBOUR
     if neighbour.is_file():
         return read_profile(neighbour, shape)
-    name = _base_name(shape.name)
+    name = base_name(shape.name)
     for entry in _published():
         known = ModelShape(
             shape.name,
@@ -168,6 +261,7 @@ def layer_plan(profile: str | DensePlan | None, shape: ModelShape) -> LayerPlan:
             entry["num_layers"],
             entry["num_kv_heads"],
             entry["head_size"],
+            shape.num_heads,
         )
         if any(name.startswith(alias) for alias in entry["names"]) and known == shape:
             return _plan(tuple(entry["dense_layers"]), shape, f"published for {entry['name']}")

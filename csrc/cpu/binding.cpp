@@ -282,14 +282,15 @@ void sparse_decode_attention(const Tensor& output, const Tensor& query, const Te
 }
 
 void dense_preference(const Tensor& result, const Tensor& query, const Tensor& key, int64_t kept,
-                      double scale) {
+                      double scale, double softcap) {
   const auto dtype = key.scalar_type();
   require_contiguous(query, "query", 3, dtype);
   require_contiguous(key, "key", 3, dtype);
   require_contiguous(result, "result", 1, ScalarType::Float);
   kernels().dense_preference({float_dtype(key, "key"), size(query, 0), size(query, 1), size(key, 1),
                               size(key, 2), key.size(0), query.data_ptr(), key.data_ptr(), kept,
-                              static_cast<float>(scale), static_cast<float*>(result.data_ptr())});
+                              static_cast<float>(scale), static_cast<float>(softcap),
+                              static_cast<float*>(result.data_ptr())});
 }
 
 std::string isa() { return kernels().name; }
@@ -349,7 +350,7 @@ STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
       "Tensor tail_start, int sink_tokens, float scale, float softcap) -> ()");
   m.def(
       "dense_preference(Tensor(a!) result, Tensor query, Tensor key, int "
-      "kept, float scale) -> ()");
+      "kept, float scale, float softcap) -> ()");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
 }

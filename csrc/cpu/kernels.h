@@ -152,6 +152,7 @@ struct DensePreference {
   const void* key;                                    // [L, Hk, d]
   int64_t kept;                                       // weights summed for a query
   float scale;
+  float softcap;  // 0: none
   float* result;  // [H]
 };
 

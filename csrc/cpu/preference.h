@@ -6,9 +6,9 @@ namespace {
 
 // The share of its attention that one head of one query gives to its `kept` best tokens.
 //   scores: [padded(n)], destroyed
-inline double best_share(float* scores, int64_t n, int64_t kept, float scale) {
+inline double best_share(float* scores, int64_t n, int64_t kept, float scale, float softcap) {
   float highest = -kInfinity, total = 0, unused = 0;
-  softmax_step(scores, n, scale, 0.0f, &highest, &total, &unused, 0);
+  softmax_step(scores, n, scale, softcap, &highest, &total, &unused, 0);
   return sum_of_largest(scores, n, smaller(kept, n)) / total;
 }
 
@@ -36,7 +36,8 @@ void preference(const DensePreference& op) {
                      queries + h * pitch, scores + t, stride);
       }
       for (int j = 0; j < N; ++j) {
-        shares[first_head + h + j] = best_share(scores + j * stride, visible, op.kept, op.scale);
+        shares[first_head + h + j] =
+            best_share(scores + j * stride, visible, op.kept, op.scale, op.softcap);
       }
     });
   });

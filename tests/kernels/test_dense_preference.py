@@ -16,22 +16,27 @@ CASES = [
 
 @pytest.mark.parametrize(("dtype", "heads", "per_head", "head_size", "length", "queries"), CASES)
 @pytest.mark.parametrize("alpha", [0.001, 0.05, 1.0])
-def test_equals_reference(cpu, dtype, heads, per_head, head_size, length, queries, alpha):
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_equals_reference(cpu, dtype, heads, per_head, head_size, length, queries, alpha, softcap):
     query = torch.randn(queries, heads * per_head, head_size).to(dtype)
     key = torch.randn(length, heads, head_size).to(dtype)
-    expected = reference.dense_preference(query, key, alpha, head_size**-0.5)
-    actual = cpu.dense_preference(query, key, alpha, head_size**-0.5)
+    expected = reference.dense_preference(query, key, alpha, head_size**-0.5, softcap)
+    actual = cpu.dense_preference(query, key, alpha, head_size**-0.5, softcap)
     assert (actual - expected).abs().max() < 1e-5
 
 
-def test_reference_against_loops():
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_reference_against_loops(softcap):
     query, key = torch.randn(3, 4, 16), torch.randn(50, 2, 16)
-    actual = reference.dense_preference(query, key, 0.1, 0.25)
+    actual = reference.dense_preference(query, key, 0.1, 0.25, softcap)
     for head in range(4):
         total = 0.0
         for i in range(3):
             visible = key[: 48 + i, head // 2].double()
-            weights = torch.softmax(visible @ query[i, head].double() * 0.25, 0)
+            scores = visible @ query[i, head].double() * 0.25
+            if softcap:
+                scores = softcap * (scores / softcap).tanh()
+            weights = torch.softmax(scores, 0)
             total += float(weights.sort(descending=True).values[:5].sum())
         assert abs(float(actual[head]) - (1 - total / 3)) < 1e-5
 

@@ -17,7 +17,7 @@ PACKAGE = vllm_tailorkv.__name__
 ROOT = Path(vllm_tailorkv.__file__).parent
 
 ORDER = [
-    {"plugin", "cli", "doctor", "demo"},
+    {"plugin", "cli", "doctor", "demo", "identify"},
     {"patches"},
     {"attention"},
     {"cache"},
@@ -30,7 +30,7 @@ ORDER = [
 ]
 """Rooms from the top; one imports from its own and from lower ones."""
 
-MAY_IMPORT_VLLM = {"plugin", "cli", "doctor", "patches", "attention"}
+MAY_IMPORT_VLLM = {"plugin", "cli", "doctor", "identify", "patches", "attention"}
 WITHOUT_TORCH = ["config", "envs", "errors", "layout", "profile"]
 
 RANKS = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -1,6 +1,7 @@
 """The attention of one layer: write, derive, attend."""
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from vllm import _custom_ops as vllm_ops
@@ -55,6 +56,8 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         self.spec: TailorKVSpec | None = None
         self.pages: Pages | None = None
         self.selector: Selector = retrieve
+        self.observer: Callable[[torch.Tensor, TailorKVMetadata], None] | None = None
+        """Called with every step's queries [T, H, d] and metadata, its K and V written."""
 
     def bind(self, layer_name: str, kv_cache: torch.Tensor) -> None:
         """View the layer's pages; allocate its host pool if that is ours.
@@ -123,6 +126,8 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             self._exact(attn_metadata.exact, query[:count], output[:count])
         if attn_metadata.decode is not None:
             self._decode(attn_metadata, attn_metadata.decode, query[:count], output[:count])
+        if self.observer is not None:
+            self.observer(query[:count], attn_metadata)
         return output
 
     def _exact(self, rows: ExactRows, query: torch.Tensor, output: torch.Tensor) -> None:

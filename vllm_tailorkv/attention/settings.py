@@ -43,6 +43,7 @@ def model_shape(vllm_config: VllmConfig) -> ModelShape:
         num_layers=model.get_total_num_hidden_layers(),
         num_kv_heads=model.get_total_num_kv_heads(),
         head_size=model.get_head_size(),
+        num_heads=model.model_arch_config.total_num_attention_heads,
     )
 
 

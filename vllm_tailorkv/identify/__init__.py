@@ -1,0 +1,1 @@
+"""`vllm-tailorkv identify`: which layers of a model are dense, measured through vLLM."""
