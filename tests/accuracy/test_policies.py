@@ -16,9 +16,11 @@ HEADS, GROUP, SIZE, BLOCK, LENGTH, TAIL = 2, 3, 64, 128, 500, 440
 OPTIONS = {"topk_tokens": 32, "rerank_factor": 1}
 
 
-def make_layer(**options: object) -> tuple[Layer, DecodeRows, torch.Tensor, torch.Tensor]:
+def make_layer(
+    key_layout: KeyLayout = KeyLayout.CHANNEL_MAJOR, **options: object
+) -> tuple[Layer, DecodeRows, torch.Tensor, torch.Tensor]:
     """A layer with one row of tokens in scattered blocks; its K [Hk, L, d] and a query."""
-    layout = PageLayout(DerivedKind.ONEBIT, HEADS, SIZE, BLOCK, 64, 1, 4, KeyLayout.CHANNEL_MAJOR)
+    layout = PageLayout(DerivedKind.ONEBIT, HEADS, SIZE, BLOCK, 64, 1, 4, key_layout)
     raw = torch.full((5, layout.host_bytes + layout.derived_bytes), 0xFF, dtype=torch.uint8)
     host = host_pages(raw[:, : layout.host_bytes], layout, torch.float32)
     derived = derived_pages(raw[:, layout.host_bytes :], layout, torch.float32)
@@ -98,7 +100,8 @@ def test_snapkv_sees_all_of_the_question_and_then_keeps_its_choice():
 
 
 def test_reranking_is_as_good_as_the_oracle_when_everything_is_a_candidate():
-    layer, rows, key, query = make_layer(rerank_factor=16)
+    # Only rows that lie together are ranked by all their channels.
+    layer, rows, key, query = make_layer(KeyLayout.TOKEN_MAJOR, rerank_factor=16)
     best = true_weights(key, query).topk(32).indices.sort().values + 8
     assert torch.equal(retrieve(query, layer, rows)[0].long(), best)
 

@@ -19,6 +19,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 DEFAULTS = {
+    "preset": "default",
+    "rerank_factor": 4,
     "profile": None,
     "bits": 2,
     "group_size": 64,
@@ -67,6 +69,22 @@ ACCEPTED: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", ACCEPTED, ids=str)
 def test_accepted(options: dict[str, Any]) -> None:
     assert load_config(options).model_dump() == DEFAULTS | options
+
+
+def test_preset_paper_is_the_published_setting() -> None:
+    config = load_config({"preset": "paper"})
+    assert (config.index, config.critical_channels, config.query_reduce) == ("channels", 8, "mean")
+    assert (config.sink_tokens, config.recent_tokens, config.topk_tokens) == (8, 56, 128)
+    assert config.rerank_factor == 1
+    assert config.budget_tokens == 192
+
+
+def test_what_is_given_goes_before_the_preset() -> None:
+    config = load_config({"preset": "paper", "index": "onebit", "topk_tokens": 960})
+    assert (config.index, config.topk_tokens, config.rerank_factor) == ("onebit", 960, 1)
+    assert load_config({"preset": "paper", "critical_channels": 12}).critical_channels == 12
+    with pytest.raises(TailorKVError, match="preset"):
+        load_config({"preset": "best"})
 
 
 def test_inline_profile() -> None:

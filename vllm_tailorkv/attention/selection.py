@@ -1,5 +1,6 @@
 """Which tokens a sparse layer reads in a decode step (section 3.3 of the paper)."""
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,7 +13,8 @@ from vllm_tailorkv.kernels import ops
 from vllm_tailorkv.kernels.types import DenseCodes, DerivedPages
 
 
-class Pages(NamedTuple):
+@dataclass(frozen=True)
+class Pages:
     """The two tiers of one layer's cache."""
 
     host: HostPages
@@ -64,7 +66,7 @@ def reduce_query(query: torch.Tensor, num_kv_heads: int, how: str) -> torch.Tens
 
 def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tensor:
     """Propose middle tokens by the layer's index, take those that weigh most. See `Selector`."""
-    host, index = layer.pages
+    host, index = layer.pages.host, layer.pages.derived
     assert not isinstance(index, DenseCodes)
     config, workspace = layer.config, layer.workspace
     shape = (len(query), host.key.shape[1])
