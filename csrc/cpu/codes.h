@@ -5,16 +5,16 @@ namespace tailorkv::TAILORKV_ISA {
 namespace {
 
 // Scratch of one thread for products with codes; `most` is the larger of d and g, padded.
-//   scaled: [4, most]; tables: [4, most/4, 16]; bytes: [most/8, 64]
+//   scaled: [4, most]; tables: [most/8, 4, 2, 16]; bytes: [most/8, 64]
 struct ProductScratch {
   float* scaled;
-  float* tables;
+  int16_t* tables;
   uint8_t* bytes;
 };
 
 inline ProductScratch take_product_scratch(int64_t head_size, int64_t group_size) {
   const int64_t most = larger(padded(head_size), group_size);
-  return ProductScratch{take<float>(4 * most), take<float>(16 * most), take<uint8_t>(8 * most)};
+  return ProductScratch{take<float>(4 * most), take<int16_t>(16 * most), take<uint8_t>(8 * most)};
 }
 
 // Scales and zeros of the K of one group as floats.
@@ -64,30 +64,35 @@ void score_codes_part(const uint8_t* codes, int64_t pitch, int64_t head_size, in
 // q.k of N heads with one group: score[t] = sum over c of q*scale[c] * code[c, t] + sum of q*zero.
 //   codes: [d, g*B/8], rows pitch apart; scale, zero: [padded(d)]
 //   query: [N, padded(d)]; scores: [N, g], rows score_stride apart
-template <int B, int N>
+template <int B, int N, bool Tables>
 void score_codes(const uint8_t* codes, int64_t pitch, int64_t head_size, int64_t group_size,
                  const float* scale, const float* zero, const float* query,
                  const ProductScratch& scratch, float* scores, int64_t score_stride) {
-  float offset[N];
   float* scaled = scratch.scaled;
-  for (int h = 0; h < N; ++h) {
-    const float* q = query + h * padded(head_size);
-    F total = splat(0);
-    for (int64_t c = 0; c < padded(head_size); c += W) {
-      F x = load(q + c);
-      store(scaled + h * padded(head_size) + c, x * load(scale + c));
-      total = fma(x, load(zero + c), total);
-    }
-    offset[h] = sum(total);
-  }
-#if TAILORKV_TABLES
-  if (B == 1 && head_size % 16 == 0 && group_size % kPlaces == 0) {
+  F offsets[N], magnitudes[N];
+  for (int h = 0; h < N; ++h) offsets[h] = magnitudes[h] = splat(0);
+  for (int64_t c = 0; c < padded(head_size); c += W) {
+    F channel_scale = load(scale + c), channel_zero = load(zero + c);
     for (int h = 0; h < N; ++h) {
-      for (int64_t i = 0; i < group_size; i += W) store(scores + h * score_stride + i, splat(0));
+      F q = load(query + h * padded(head_size) + c);
+      F x = q * channel_scale;
+      store(scaled + h * padded(head_size) + c, x);
+      magnitudes[h] = magnitudes[h] + abs(x);
+      offsets[h] = fma(q, channel_zero, offsets[h]);
     }
-    add_by_table<N>(codes, pitch, head_size, group_size, scaled, padded(head_size), offset,
-                    scratch.tables, scratch.bytes, scores, score_stride);
-    return;
+  }
+  float offset[N];
+  sums(offsets, offset);
+#if TAILORKV_TABLES
+  if constexpr (Tables && B <= 2) {
+    if (group_size * B % kPlaces == 0) {
+      float magnitude[N];
+      sums(magnitudes, magnitude);
+      products_by_table<B, N, false>(codes, pitch, head_size, group_size, scaled, padded(head_size),
+                                     magnitude, offset, scratch.tables, scratch.bytes, scores,
+                                     score_stride);
+      return;
+    }
   }
 #endif
   // As many accumulators as there are registers for.
@@ -134,30 +139,39 @@ void add_codes_part(const uint8_t* codes, int64_t pitch, int64_t group_size, int
 // value[c] += sum over t of w*scale[t] * code[t, c] + sum of w*zero.
 //   codes: [g, ceil(d*B/8)], rows pitch apart; scale, zero: [g]
 //   weights: [N, weight_stride]; values: [N, value_stride]
-template <int B, int N>
+template <int B, int N, bool Tables>
 void add_codes(const uint8_t* codes, int64_t pitch, int64_t group_size, int64_t begin, int64_t end,
                const float* scale, const float* zero, const float* weights, int64_t weight_stride,
                const ProductScratch& scratch, float* values, int64_t value_stride) {
-  float offset[N];
   float* scaled = scratch.scaled;
-  for (int h = 0; h < N; ++h) {
-    F total = splat(0);
-    for (int64_t t = 0; t < group_size; t += W) {
+  F offsets[N], magnitudes[N];
+  for (int h = 0; h < N; ++h) offsets[h] = magnitudes[h] = splat(0);
+  for (int64_t t = 0; t < group_size; t += W) {
+    F token_scale = load(scale + t), token_zero = load(zero + t);
+    for (int h = 0; h < N; ++h) {
       F w = load(weights + h * weight_stride + t);
-      store(scaled + h * group_size + t, w * load(scale + t));
-      total = fma(w, load(zero + t), total);
+      F x = w * token_scale;
+      store(scaled + h * group_size + t, x);
+      magnitudes[h] = magnitudes[h] + x;
+      offsets[h] = fma(w, token_zero, offsets[h]);
     }
-    offset[h] = sum(total);
   }
+  float offset[N];
+  sums(offsets, offset);
   // Enough independent sums to hide the latency of an addition.
   constexpr int U = N == 1 ? 4 : 2;
   int64_t c = begin;
 #if TAILORKV_TABLES
-  if constexpr (B == 1) {
-    const int64_t whole = (end - begin) / kPlaces * kPlaces;
-    add_by_table<N>(codes + c / 8, pitch, group_size, whole, scaled, group_size, offset,
-                    scratch.tables, scratch.bytes, values + c, value_stride);
-    c += whole;
+  if constexpr (Tables && B <= 2) {
+    const int64_t whole = (end - begin) / (kPlaces / B) * (kPlaces / B);
+    if (whole > 0) {
+      float magnitude[N];
+      sums(magnitudes, magnitude);
+      products_by_table<B, N, true>(codes + c * B / 8, pitch, group_size, whole, scaled, group_size,
+                                    magnitude, offset, scratch.tables, scratch.bytes, values + c,
+                                    value_stride);
+      c += whole;
+    }
   }
 #endif
   for (; c + U * W <= end; c += U * W) {

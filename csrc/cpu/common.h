@@ -97,6 +97,12 @@ inline float dot(const float* a, const float* b, int64_t n) {
   return sum(total);
 }
 
+// The sums of N vectors.
+template <int N>
+void sums(const F (&x)[N], float (&result)[N]) {
+  for (int i = 0; i < N; ++i) result[i] = sum(x[i]);
+}
+
 // Copy n elements as floats, then zeros up to a whole number of pads.
 template <class T>
 void copy_row(float* to, const T* from, int64_t n) {

@@ -5,10 +5,9 @@ namespace tailorkv::TAILORKV_ISA {
 namespace {
 
 // Scratch of one thread for groups of codes.
-//   key_scale, key_zero: [padded(d)]; scores: [G, g]; value_scale, value_zero: [Vg, g] apart: [g]
+//   key_scale, key_zero: [padded(d)]; scores: [G, g]; value_scale, value_zero: [Vg, g]
 struct CodeScratch {
   float *key_scale, *key_zero, *scores, *value_scale, *value_zero;
-  Half* apart;
   ProductScratch product;
 };
 
@@ -21,22 +20,25 @@ inline CodeScratch take_code_scratch(const QuantizedDecode& op) {
                      take<float>(group_heads * g),
                      take<float>(value_groups * g),
                      take<float>(value_groups * g),
-                     take<Half>(g),
                      take_product_scratch(d, g)};
 }
 
 // Scales or zeros of V, a token's beside each other, as one row for each group of channels.
-//   from: [g, Vg], rows item apart; apart (scratch): [g]; to: [Vg, g]
+//   from: [g, Vg], rows item apart; to: [Vg, g]
 inline void read_value_scales(const uint16_t* from, int64_t item, int64_t g, int64_t value_groups,
-                              Half* apart, float* to) {
-  for (int64_t i = 0; i < value_groups; ++i) {
-    // A step known to the compiler becomes shuffles instead of single loads.
-    if (item == 2) {
-      for (int64_t t = 0; t < g; ++t) apart[t].bits = from[2 * t + i];
-    } else {
-      for (int64_t t = 0; t < g; ++t) apart[t].bits = from[t * item + i];
+                              float* to) {
+  const auto* halves = reinterpret_cast<const Half*>(from);
+  if (item == 2 && value_groups == 2) {
+    for (int64_t t = 0; t < g; t += W) {
+      F first, second;
+      load_pairs(halves + 2 * t, first, second);
+      store(to + t, first);
+      store(to + g + t, second);
     }
-    for (int64_t t = 0; t < g; t += W) store(to + i * g + t, load(apart + t));
+    return;
+  }
+  for (int64_t i = 0; i < value_groups; ++i) {
+    for (int64_t t = 0; t < g; ++t) to[i * g + t] = to_float(halves[t * item + i]);
   }
 }
 
@@ -55,7 +57,7 @@ inline void prefetch_codes(const QuantizedDecode& op, const HeadView& view, int6
 }
 
 // Attend to one group of codes.
-template <int B>
+template <int B, bool Tables>
 void attend_codes(const QuantizedDecode& op, const HeadView& view, const CodeScratch& scratch,
                   int64_t unit, const Partial& partial) {
   const Decode& decode = op.decode;
@@ -65,9 +67,9 @@ void attend_codes(const QuantizedDecode& op, const HeadView& view, const CodeScr
   read_key_scales(op.key, block, head, group, d, scratch.key_scale, scratch.key_zero);
   const uint8_t* key_codes = at(op.key.codes, block, head, group);
   for_heads(view.group_heads, [&](int h, auto heads) {
-    score_codes<B, decltype(heads)::value>(key_codes, op.key.codes.item, d, g, scratch.key_scale,
-                                           scratch.key_zero, view.query + h * pitch,
-                                           scratch.product, scratch.scores + h * g, g);
+    score_codes<B, decltype(heads)::value, Tables>(
+        key_codes, op.key.codes.item, d, g, scratch.key_scale, scratch.key_zero,
+        view.query + h * pitch, scratch.product, scratch.scores + h * g, g);
   });
   for (int h = 0; h < view.group_heads; ++h) {
     softmax_step(scratch.scores + h * g, g, decode.scale, decode.softcap, partial.highest + h,
@@ -75,16 +77,16 @@ void attend_codes(const QuantizedDecode& op, const HeadView& view, const CodeScr
   }
   const int64_t value_groups = ceil_div(d, g);
   read_value_scales(at(op.value.scale, block, head, group), op.value.scale.item, g, value_groups,
-                    scratch.apart, scratch.value_scale);
+                    scratch.value_scale);
   read_value_scales(at(op.value.zero, block, head, group), op.value.zero.item, g, value_groups,
-                    scratch.apart, scratch.value_zero);
+                    scratch.value_zero);
   const uint8_t* value_codes = at(op.value.codes, block, head, group);
   for (int64_t i = 0; i < value_groups; ++i) {
     for_heads(view.group_heads, [&](int h, auto heads) {
-      add_codes<B, decltype(heads)::value>(value_codes, op.value.codes.item, g, i * g,
-                                           smaller((i + 1) * g, d), scratch.value_scale + i * g,
-                                           scratch.value_zero + i * g, scratch.scores + h * g, g,
-                                           scratch.product, partial.values + h * pitch, pitch);
+      add_codes<B, decltype(heads)::value, Tables>(
+          value_codes, op.value.codes.item, g, i * g, smaller((i + 1) * g, d),
+          scratch.value_scale + i * g, scratch.value_zero + i * g, scratch.scores + h * g, g,
+          scratch.product, partial.values + h * pitch, pitch);
     });
   }
 }
@@ -118,7 +120,8 @@ void quantized_decode(const QuantizedDecode& op) {
       if (unit + 1 < smaller(task.end, coded / g)) {
         prefetch_codes(op, view, unit + 1);
       }
-      attend_codes<B>(op, view, code_scratch[omp_get_thread_num()], unit, partial);
+      // Tables round factors: they are for caches that are rounded themselves.
+      attend_codes<B, sizeof(T) == 2>(op, view, code_scratch[omp_get_thread_num()], unit, partial);
     }
     const int64_t end = smaller(task.end * g, decode.seq_lens[task.row]);
     for (int64_t start = larger(task.begin * g, coded); start < end; start += kBatch) {

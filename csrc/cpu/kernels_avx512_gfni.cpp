@@ -13,6 +13,8 @@
 #include "element.h"
 #include "vec_avx512.h"
 //
+#include "common.h"
+//
 #include "lut.h"
 //
 #include "byte_lut.h"

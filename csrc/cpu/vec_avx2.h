@@ -19,6 +19,13 @@ inline F load(const Bf16* p) {
   __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
+inline void load_pairs(const Half* p, F& first, F& second) {
+  // Whole floats of the pairs' halves would need a shuffle across lanes: convert, then separate.
+  F low = load(p), high = load(p + W);
+  __m256 even = _mm256_shuffle_ps(low, high, 0x88), odd = _mm256_shuffle_ps(low, high, 0xDD);
+  first = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xD8));
+  second = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xD8));
+}
 template <class T>
 F load(const T* p, int n) {
   T copy[W] = {};

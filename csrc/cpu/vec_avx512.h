@@ -23,6 +23,12 @@ inline F widen(__m256i bf16) {
 inline F load(const Bf16* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+// W pairs of halves, apart.
+inline void load_pairs(const Half* p, F& first, F& second) {
+  __m512i both = _mm512_loadu_si512(p);
+  first = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both));
+  second = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+}
 inline F load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
 inline F load(const Half* p, int n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));

@@ -4,6 +4,7 @@
 //   W, F              floats of a vector, and the vector; + - * / work on it
 //   splat             one value in every lane
 //   load(p[, n])      W (or the first n, then 0) floats, halves or bfloat16s as floats
+//   load_pairs        W pairs of halves, the first ones and the second ones
 //   store(p, x[, n])  W (or the first n) floats
 //   fma, max, min, abs, round_even, pow2 (of whole exponents in [-126, 127])
 //   sum, largest, smallest over the lanes; greater(a, b) one bit a lane
@@ -69,6 +70,12 @@ inline F load(const Half* p) {
 }
 inline F load(const Bf16* p) {
   return F{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+inline void load_pairs(const Half* p, F& first, F& second) {
+  for (int i = 0; i < W; ++i) {
+    first[i] = to_float(p[2 * i]);
+    second[i] = to_float(p[2 * i + 1]);
+  }
 }
 template <class T>
 F load(const T* p, int n) {
