@@ -178,12 +178,25 @@ def calls(case: Case) -> Iterator[Callable[[], Any]]:
         derived = derived_pages(
             torch.zeros(blocks, layout.derived_bytes, dtype=torch.uint8), layout, case.dtype
         )
+        rows = 2
         groups = torch.zeros(16, dtype=torch.int64)
+        table = torch.zeros(rows, 16, dtype=torch.int32)
+        lengths = torch.zeros(rows, dtype=torch.int32)
+        query = torch.zeros(rows, heads * case.per_head, case.head_size, dtype=case.dtype)
         yield partial(kernels.quantize_groups, groups, host.key, host.value, derived)
-        if not isinstance(derived, DenseCodes):
+        if isinstance(derived, DenseCodes):
+            tokens = query.new_zeros(16, heads, case.head_size)
+            yield partial(kernels.write_kv, tokens, tokens, *host[:2], groups)
+            attention = (torch.empty_like(query), query, *host[:2], derived, table, lengths)
+            yield partial(kernels.quantized_decode_attention, *attention, lengths, 0.1, 0.0)
             continue
-        tokens = torch.zeros(16, heads, case.head_size, dtype=case.dtype)
-        yield partial(kernels.write_kv, tokens, tokens, host.key, host.value, groups)
+        scored = torch.zeros(rows, heads, case.per_head, case.head_size)
+        scores = torch.zeros(rows, heads, 16 * block_size)
+        arguments = (scores, scored, derived, host.key, table, lengths, 8, 8)
+        yield partial(kernels.score_tokens, *arguments)
+        indices = torch.zeros(rows, heads, 128, dtype=torch.int32)
+        attention = (torch.empty_like(query), query, *host[:2], indices, table, lengths)
+        yield partial(kernels.sparse_decode_attention, *attention, lengths, 8, 0.1, 0.0)
 
 
 def main() -> int:

@@ -17,6 +17,9 @@ from vllm_tailorkv import envs
 _MODULES = {
     "write_kv": "write",
     "quantize_groups": "quantize",
+    "quantized_decode_attention": "dense",
+    "score_tokens": "score",
+    "sparse_decode_attention": "sparse",
 }
 """Op to the module of its kernels: Triton is imported when the first one is asked for."""
 
