@@ -11,27 +11,52 @@ from vllm_tailorkv.kernels.triton.attend import dot
 
 
 @triton.jit
+def code_numbers(COUNT: tl.constexpr, BITS: tl.constexpr, WORD_BITS: tl.constexpr):
+    """Which code stands at each of COUNT places of an expanded row, int32 [COUNT]."""
+    places = tl.arange(0, COUNT)
+    if WORD_BITS == 32:
+        PER_HALF: tl.constexpr = 16 // BITS
+        within = places % (2 * PER_HALF)
+        places += within // 2 + within % 2 * PER_HALF - within
+    return places
+
+
+@triton.jit
 def expand_codes(words, BITS: tl.constexpr, WORD_BITS: tl.constexpr):
-    """Codes [A, W * WORD_BITS / BITS] in bf16, from words [A, W], the lowest bits first."""
-    PER_WORD: tl.constexpr = WORD_BITS // BITS
-    shifts = (tl.arange(0, PER_WORD) * BITS)[None, None, :]
-    codes = (words.to(tl.int32)[:, :, None] >> shifts) & (2**BITS - 1)
-    if BITS == 1:
-        values = tl.where(codes != 0, 1.0, 0.0)
-    else:
-        # 2^23 with the code in its low bits; an integer conversion is four times slower.
-        values = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    return tl.reshape(values.to(tl.bfloat16), (words.shape[0], words.shape[1] * PER_WORD))
+    """1 + code / 2^BITS in bf16 for every code of words [A, W], in the order `code_numbers`.
+
+    Returns [A, W * WORD_BITS / BITS]. The codes of both halves of a 32-bit word become the
+    upper bits of two mantissas at once, and stay neighbours: two instructions for both, and
+    no conversion. Joining keeps all codes of a word in one thread, shifted by constants.
+    """
+    ROWS: tl.constexpr = words.shape[0]
+    WORDS: tl.constexpr = words.shape[1]
+    HALVES: tl.constexpr = 2 if WORD_BITS == 32 else 1
+    PER_HALF: tl.constexpr = WORD_BITS // HALVES // BITS
+    MANTISSA: tl.constexpr = (2**BITS - 1) << (7 - BITS)
+    x = tl.reshape(words.to(tl.int32), (ROWS, WORDS, 1))
+    if PER_HALF >= 16:
+        x = tl.reshape(tl.join(x, x >> 8 * BITS), (ROWS, WORDS, PER_HALF // 8))
+    if PER_HALF >= 8:
+        x = tl.reshape(tl.join(x, x >> 4 * BITS), (ROWS, WORDS, PER_HALF // 4))
+    if PER_HALF >= 4:
+        x = tl.reshape(tl.join(x, x >> 2 * BITS), (ROWS, WORDS, PER_HALF // 2))
+    x = tl.reshape(tl.join(x, x >> BITS), (ROWS, WORDS, PER_HALF))
+    x = ((x << (7 - BITS)) & (MANTISSA * 0x00010001)) | 0x3F803F80
+    if HALVES == 2:
+        x = tl.join(x, x >> 16)
+    values = x.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return tl.reshape(values, (ROWS, WORDS * HALVES * PER_HALF))
 
 
 @triton.jit
 def split_rows(x):
-    """[A, M, N] in float32 as [A, 2 * M, N] in bf16: the rounded rows, then what is left."""
-    rounded = x.to(tl.bfloat16)
-    rest = (x - rounded.to(tl.float32)).to(tl.bfloat16)
-    upper = (tl.arange(0, 2) == 0)[None, :, None, None]
-    both = tl.where(upper, rounded[:, None, :, :], rest[:, None, :, :])
-    return tl.reshape(both, (x.shape[0], 2 * x.shape[1], x.shape[2]))
+    """[A, M, N] in float32 as [A, 2 * M, N] in bf16: the upper halves, then what is left."""
+    # Cut, not rounded: single conversions to bf16 are slow.
+    upper = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    first = (tl.arange(0, 2) == 0)[None, :, None, None]
+    both = tl.where(first, upper[:, None, :, :], (x - upper)[:, None, :, :])
+    return tl.reshape(both.to(tl.bfloat16), (x.shape[0], 2 * x.shape[1], x.shape[2]))
 
 
 @triton.jit
@@ -42,11 +67,14 @@ def join_rows(x):
 
 @triton.jit
 def dot_key_codes(query, words, scale, zero, BITS: tl.constexpr, WORD_BITS: tl.constexpr):
-    """q.k of one group of tokens from K's codes.
+    """q.k of one group of tokens from K's codes, in the order `code_numbers`.
 
     query float32 [M, d], words [d, W], scale and zero float32 [d]; float32 [M, tokens].
     """
-    scaled = split_rows((query * scale[None, :])[None, :, :])
+    # zero + code * scale = (zero - steps * scale) + (1 + code / steps) * steps * scale
+    steps = scale * 2**BITS
+    zero -= steps
+    scaled = split_rows((query * steps[None, :])[None, :, :])
     rows = tl.reshape(scaled, (scaled.shape[1], scaled.shape[2]))
     products = dot(rows, expand_codes(words, BITS, WORD_BITS))
     joined = join_rows(products[None, :, :])

@@ -13,7 +13,13 @@ from vllm_tailorkv.kernels.triton.attend import (
     merge,
     score_factors,
 )
-from vllm_tailorkv.kernels.triton.codes import dot_key_codes, expand_codes, join_rows, split_rows
+from vllm_tailorkv.kernels.triton.codes import (
+    code_numbers,
+    dot_key_codes,
+    expand_codes,
+    join_rows,
+    split_rows,
+)
 from vllm_tailorkv.kernels.triton.launch import as_words, split_count
 from vllm_tailorkv.kernels.types import DenseCodes, GroupCodes
 
@@ -139,11 +145,19 @@ def _attend_groups(
     numbers = tl.arange(0, PADDED_GROUPS)
     there = (numbers < VALUE_GROUPS)[:, None]
     within_key = channels[:, None] * KEY_WORDS + tl.arange(0, KEY_WORDS)[None, :]
-    # Words of V by group of channels, then by token: [PADDED_GROUPS * GROUP, VALUE_WORDS].
-    lines = tl.arange(0, PADDED_GROUPS * GROUP)
-    word = (lines // GROUP * VALUE_WORDS)[:, None] + tl.arange(0, VALUE_WORDS)[None, :]
-    within_value = (lines % GROUP * ROW_WORDS)[:, None] + word
-    within_scale = tl.arange(0, GROUP)[None, :] * VALUE_GROUPS + numbers[:, None]
+    # V's tokens in the order of K's scores. Words of V by group of channels, then by token.
+    tokens = code_numbers(GROUP, BITS, KEY_WORD_BITS)
+    word = tl.reshape(
+        tl.broadcast_to(numbers[:, None] * VALUE_WORDS, (PADDED_GROUPS, GROUP)),
+        (PADDED_GROUPS * GROUP,),
+    )
+    word = word[:, None] + tl.arange(0, VALUE_WORDS)[None, :]
+    lines = tl.reshape(
+        tl.broadcast_to(tokens[None, :] * ROW_WORDS, (PADDED_GROUPS, GROUP)),
+        (PADDED_GROUPS * GROUP,),
+    )
+    within_value = lines[:, None] + word
+    within_scale = tokens[None, :] * VALUE_GROUPS + numbers[:, None]
     best = tl.full([ROWS], -float("inf"), tl.float32)
     # Sums over tokens wait until the end, when they are made once.
     total = tl.zeros([ROWS, GROUP], tl.float32)
@@ -162,6 +176,8 @@ def _attend_groups(
         base = block * value_scale_block + head * value_scale_head + group * value_scale_group
         scales = tl.load(value_scale + base + within_scale, mask=there, other=0.0)
         zeros = tl.load(value_zero + base + within_scale, mask=there, other=0.0)
+        scales = scales.to(tl.float32) * 2**BITS
+        zeros = zeros.to(tl.float32) - scales
 
         scores = dot_key_codes(q, codes, scale, zero, BITS, KEY_WORD_BITS)
         scores = cap_scores(scores, factor, cap, CAPPED)
@@ -170,13 +186,13 @@ def _attend_groups(
         best = larger
         weights = tl.exp2(scores - larger[:, None])
         total = total * shrink[:, None] + weights
-        scaled = split_rows(weights[None, :, :] * scales.to(tl.float32)[:, None, :])
+        scaled = split_rows(weights[None, :, :] * scales[:, None, :])
         expanded = expand_codes(words, BITS, VALUE_WORD_BITS)
         expanded = tl.reshape(expanded, (PADDED_GROUPS, GROUP, GROUP))
         both = tl.reshape(tl.broadcast_to(shrink[None, :], (2, ROWS)), (2 * ROWS,))
         products = products * both[None, :, None] + dot(scaled, expanded)
         offsets *= shrink[None, :, None]
-        offsets += weights[None, :, :] * zeros.to(tl.float32)[:, None, :]
+        offsets += weights[None, :, :] * zeros[:, None, :]
     return best, tl.sum(total, 1), join_rows(products) + tl.sum(offsets, 2)[:, :, None]
 
 
@@ -335,7 +351,8 @@ def _attend_codes(
         real = heads < PER_HEAD
         tl.store(best + at, highest, mask=real)
         tl.store(totals + at, total, mask=real)
-        channel = numbers[:, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+        order = code_numbers(GROUP, BITS, VALUE_WORD_BITS)
+        channel = numbers[:, None, None] * GROUP + order[None, None, :]
         mask = real[None, :, None] & (channel < HEAD_SIZE)
         tl.store(sums + at[None, :, None] * HEAD_SIZE + channel, output, mask=mask)
 

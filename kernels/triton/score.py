@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_tailorkv.kernels.triton.codes import dot_key_codes
+from vllm_tailorkv.kernels.triton.codes import code_numbers, dot_key_codes
 from vllm_tailorkv.kernels.triton.launch import as_words, split_count
 from vllm_tailorkv.kernels.types import ChannelIndex, OnebitIndex, TokenIndex
 
@@ -63,7 +63,7 @@ def _score_codes(
         zeros = tl.load(zero + base + channels, mask=kept, other=0.0).to(tl.float32)
         products = dot_key_codes(q, codes, scales, zeros, 1, WORD_BITS)
         products = tl.where((queries < QUERIES)[:, None], products, -float("inf"))
-        tokens = index * GROUP + tl.arange(0, GROUP)
+        tokens = index * GROUP + code_numbers(GROUP, 1, WORD_BITS)
         middle = (tokens >= sink_tokens) & (tokens < end)
         tl.store(scores + tokens, tl.max(products, 0), mask=middle)
 
