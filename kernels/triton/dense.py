@@ -361,6 +361,13 @@ def _arguments(codes: GroupCodes, words: torch.Tensor) -> tuple[torch.Tensor | i
     return (words, *words.stride()[:3], *codes[1:], *codes.scale.stride()[:3])
 
 
+def _num_warps(elements: int, bits: int, itemsize: int) -> int:
+    """As few as hold a group without spilling: the fewer, the less they exchange."""
+    if elements > 8192 or itemsize > 2:
+        return 8
+    return 4 if bits == 4 else 2
+
+
 def quantized_decode_attention(
     output: torch.Tensor,
     query: torch.Tensor,
@@ -379,6 +386,8 @@ def quantized_decode_attention(
         return
     heads, block_size = key_cache.shape[1:3]
     group_size = block_size // codes.key.scale.shape[2]
+    bits = codes.key.codes.shape[4] * 8 // group_size
+    channels = triton.next_power_of_2(head_size)
     per_head, value_groups = num_heads // heads, codes.value.scale.shape[4]
     key_words, value_words = as_words(codes.key.codes), as_words(codes.value.codes)
     most = block_table.shape[1] * block_size // group_size
@@ -400,9 +409,9 @@ def quantized_decode_attention(
         **score_factors(scale, softcap),
         BLOCK_SIZE=block_size,
         HEAD_SIZE=head_size,
-        CHANNELS=triton.next_power_of_2(head_size),
+        CHANNELS=channels,
         GROUP=group_size,
-        BITS=codes.key.codes.shape[4] * 8 // group_size,
+        BITS=bits,
         KEY_WORD_BITS=8 * key_words.element_size(),
         VALUE_WORD_BITS=8 * value_words.element_size(),
         ROW_WORDS=value_words.shape[4],
@@ -413,5 +422,6 @@ def quantized_decode_attention(
         TAIL_ROWS=max(16, triton.next_power_of_2(per_head)),
         TAIL_PARTS=_TAIL_PARTS,
         TAIL_TOKENS=_TAIL_TOKENS,
+        num_warps=_num_warps(channels * group_size, bits, query.element_size()),
     )
     merge(output, results)
