@@ -1,6 +1,6 @@
 """Registers and spills of every Triton kernel, compiled for GPUs that need not be there.
 
-    python benchmarks/gpu/registers.py --json benchmarks/results/triton-registers.json
+    python benchmarks/gpu/registers.py --json benchmarks/results/triton-registers.jsonl
 
 Every op is called with small CPU tensors of real shapes; its launches are caught, and what
 they would have compiled is compiled by Triton and its ptxas. One JSON object a kernel:
@@ -189,6 +189,9 @@ def calls(case: Case) -> Iterator[Callable[[], Any]]:
             yield partial(kernels.write_kv, tokens, tokens, *host[:2], groups)
             attention = (torch.empty_like(query), query, *host[:2], derived, table, lengths)
             yield partial(kernels.quantized_decode_attention, *attention, lengths, 0.1, 0.0)
+            prompt = query.new_zeros(64, heads, case.head_size)
+            queries = query.new_zeros(32, heads * case.per_head, case.head_size)
+            yield partial(kernels.dense_preference, queries, prompt, 0.05, 0.1)
             continue
         scored = torch.zeros(rows, heads, case.per_head, case.head_size)
         scores = torch.zeros(rows, heads, 16 * block_size)

@@ -20,6 +20,7 @@ _MODULES = {
     "quantized_decode_attention": "dense",
     "score_tokens": "score",
     "sparse_decode_attention": "sparse",
+    "dense_preference": "preference",
 }
 """Op to the module of its kernels: Triton is imported when the first one is asked for."""
 

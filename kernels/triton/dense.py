@@ -391,7 +391,7 @@ def quantized_decode_attention(
     per_head, value_groups = num_heads // heads, codes.value.scale.shape[4]
     key_words, value_words = as_words(codes.key.codes), as_words(codes.value.codes)
     most = block_table.shape[1] * block_size // group_size
-    parts = _TAIL_PARTS + split_count(query.device, rows * heads, most)
+    parts = _TAIL_PARTS + split_count(query.device, rows * heads, most, 4)
     results = allocate_parts(query, parts)
     _attend_codes[(parts, heads, rows)](
         *results,

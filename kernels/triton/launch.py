@@ -4,7 +4,6 @@ from functools import cache
 
 import torch
 
-_PROGRAMS_PER_SM = 4
 _CPU_SPLITS = 3
 """Enough in the interpreter to split rows unevenly."""
 
@@ -14,17 +13,18 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def split_count(device: torch.device, outer: int, most: int) -> int:
+def split_count(device: torch.device, outer: int, most: int, per_sm: int) -> int:
     """Programs that share the tokens of one row and head, from shapes alone.
 
     Args:
         device: where the kernel runs.
         outer: rows times heads.
         most: parts that the longest row can be cut into.
+        per_sm: programs that one multiprocessor holds at a time.
     """
     if device.type == "cpu":
         return max(1, min(_CPU_SPLITS, most))
-    wanted = _PROGRAMS_PER_SM * _multiprocessors(device.index or 0) // max(1, outer)
+    wanted = per_sm * _multiprocessors(device.index or 0) // max(1, outer)
     return max(1, min(wanted, most))
 
 

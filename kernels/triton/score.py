@@ -193,8 +193,9 @@ def _score_by_codes(
     per_block = index.key.scale.shape[2]
     group_size = block_size // per_block
     words = as_words(index.key.codes)
+    channels = triton.next_power_of_2(head_size)
     most = -(-scores.shape[2] // group_size)
-    _score_codes[(split_count(query.device, rows * heads, most), heads, rows)](
+    _score_codes[(split_count(query.device, rows * heads, most, 12), heads, rows)](
         scores,
         *scores.stride()[:2],
         query,
@@ -208,11 +209,13 @@ def _score_by_codes(
         sink_tokens,
         PER_BLOCK=per_block,
         HEAD_SIZE=head_size,
-        CHANNELS=triton.next_power_of_2(head_size),
+        CHANNELS=channels,
         GROUP=group_size,
         WORD_BITS=8 * words.element_size(),
         QUERIES=queries,
         ROWS=max(8, triton.next_power_of_2(queries)),
+        # One warp holds 64 tokens of 128 channels, and exchanges nothing with others.
+        num_warps=max(1, channels * group_size // 8192),
     )
 
 
@@ -230,7 +233,7 @@ def _score_by_channels(
     block_size, per_block = key_cache.shape[2], index.absmax.shape[2]
     channels, count = triton.next_power_of_2(head_size), min(critical_channels, head_size)
     most = -(-scores.shape[2] // _BLOCK_TOKENS)
-    parts = split_count(query.device, rows * heads, most)
+    parts = split_count(query.device, rows * heads, most, 8)
     largest = scores.new_empty(rows, heads, parts, channels)
     selected = block_table.new_empty(rows, heads, count)
     where = (block_table, block_table.stride(0), tail_start)

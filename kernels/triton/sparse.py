@@ -126,7 +126,7 @@ def sparse_decode_attention(
         return
     heads, num_indices = indices.shape[1:]
     expected = sink_tokens + num_indices + _TAIL_TOKENS
-    parts = split_count(query.device, rows * heads, triton.cdiv(expected, _BLOCK_TOKENS))
+    parts = split_count(query.device, rows * heads, triton.cdiv(expected, _BLOCK_TOKENS), 4)
     results = allocate_parts(query, parts)
     _attend_gathered[(parts, heads, rows)](
         *results,
