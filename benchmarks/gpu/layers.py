@@ -90,7 +90,7 @@ def make_host_bytes(num_blocks: int, device: torch.device) -> HostBytes:
     on_cpu = torch.empty(shape, dtype=torch.uint8, pin_memory=cuda)
     on_device = device_view(on_cpu) if cuda else on_cpu
     mean = 2 * torch.randn(KV_HEADS, 1, 1, HEAD_SIZE, device=device)
-    for rows in on_device.split(1024):
+    for rows in on_cpu.split(1024):
         size = (len(rows), KV_HEADS, 2, BLOCK_SIZE, HEAD_SIZE)
         rows.view(DTYPE).copy_((torch.randn(size, device=device) + mean).to(DTYPE).flatten(1))
     return HostBytes(on_cpu, on_device)

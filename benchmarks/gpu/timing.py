@@ -22,29 +22,34 @@ class Timer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def milliseconds(self, calls: Sequence[Call]) -> float:
-        """Of one call; each has data of its own."""
+    def milliseconds(self, calls: Sequence[Call], captured: bool = True) -> float:
+        """Of one call; each has data of its own. Long copies need no graph."""
         if self.device.type == "cpu":
             return statistics.median(self._seconds(call) for call in calls) * 1e3
         for call in calls:  # compile outside the graph
             call()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
+        replay = self._capture(calls) if captured else lambda: [call() for call in calls]
         for _ in range(3):
-            graph.replay()
+            replay()
         events = [
             (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             for _ in range(REPLAYS)
         ]
         for start, end in events:
             start.record()
-            graph.replay()
+            replay()
             end.record()
         torch.cuda.synchronize()
         return statistics.median(start.elapsed_time(end) for start, end in events) / len(calls)
+
+    @staticmethod
+    def _capture(calls: Sequence[Call]) -> Call:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        return graph.replay
 
     def launch_milliseconds(self, call: Call) -> float:
         """Time that the host spends to launch a call outside a graph; 0 in a rehearsal."""
@@ -83,7 +88,7 @@ def measure_floors(timer: Timer, num_bytes: int) -> Floors:
     cuda = timer.device.type == "cuda"
     source = torch.empty(num_bytes, dtype=torch.uint8, device=timer.device).fill_(1)
     target = torch.empty_like(source)
-    hbm = timer.milliseconds([lambda: target.copy_(source)])
+    hbm = timer.milliseconds([lambda: target.copy_(source)], captured=False)
     host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=cuda).fill_(1)
-    pcie = timer.milliseconds([lambda: target.copy_(host, non_blocking=True)])
+    pcie = timer.milliseconds([lambda: target.copy_(host, non_blocking=True)], captured=False)
     return Floors(2e3 * num_bytes / hbm, 1e3 * num_bytes / pcie)

@@ -43,6 +43,15 @@ ISAS = available_isas()
 TRITON = ["triton-device", "triton-pinned"] if torch.cuda.is_available() else ["triton-interpreted"]
 
 
+@dataclass(frozen=True)
+class Moved:
+    """Bytes of a storage: the test's, the copy, and the copy as the device sees it."""
+
+    original: torch.Tensor
+    copy: torch.Tensor
+    seen: torch.Tensor
+
+
 class OnDevice:
     """An implementation for GPUs, called with CPU tensors: its arguments go there and back.
 
@@ -61,25 +70,29 @@ class OnDevice:
         return partial(self._call, getattr(self.module, op))
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
-        moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        moved: dict[int, Moved] = {}
         result = function(*(self._move(arg, moved) for arg in args))
-        for there, here in moved.values():
-            here.copy_(there)
+        torch.cuda.synchronize()
+        for storage in moved.values():
+            storage.original.copy_(storage.copy)
         return result.cpu() if isinstance(result, torch.Tensor) else result
 
-    def _move(self, arg: Any, moved: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    def _move(self, arg: Any, moved: dict[int, Moved]) -> Any:
         if isinstance(arg, tuple):
             return type(arg)(*(self._move(part, moved) for part in arg))
-        if not isinstance(arg, torch.Tensor) or not arg.untyped_storage().nbytes():
-            return arg.cuda() if isinstance(arg, torch.Tensor) else arg
+        if not isinstance(arg, torch.Tensor):
+            return arg
         storage = arg.untyped_storage()
+        if not storage.nbytes():
+            return arg.cuda()
         if storage.data_ptr() not in moved:
-            here = torch.empty(0, dtype=torch.uint8).set_(storage)
-            there = device_view(here.pin_memory()) if self.where == "pinned" else here.cuda()
-            moved[storage.data_ptr()] = (there, here)
-        there = moved[storage.data_ptr()][0].untyped_storage()
+            original = torch.empty(0, dtype=torch.uint8).set_(storage)
+            copy = original.pin_memory() if self.where == "pinned" else original.cuda()
+            seen = device_view(copy) if self.where == "pinned" else copy
+            moved[storage.data_ptr()] = Moved(original, copy, seen)
+        seen = moved[storage.data_ptr()].seen.untyped_storage()
         empty = torch.empty(0, dtype=arg.dtype, device="cuda")
-        return empty.set_(there, arg.storage_offset(), arg.shape, arg.stride())
+        return empty.set_(seen, arg.storage_offset(), arg.shape, arg.stride())
 
 
 @pytest.fixture(params=ISAS or [pytest.param("", marks=pytest.mark.skip("no C++ extension"))])

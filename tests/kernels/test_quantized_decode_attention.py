@@ -104,6 +104,18 @@ def test_reference_without_codes_is_attention(build_context, error_of):
     assert error_of(actual, expected.flatten(0, 1)[None]) < 1e-5
 
 
+def test_padding_rows(fast, build_context, error_of):
+    """Rows of length 0, as CUDA graphs pad batches with: 0, and no page is read."""
+    context = build_context([300, 70], dtype=torch.float32)
+    query = torch.randn(2, 4, 64)
+    coded = torch.tensor([192, 0], dtype=torch.int32)
+    expected = run(reference.quantized_decode_attention, context, query, coded)
+    context.seq_lens[1] = 0
+    actual = run(fast.quantized_decode_attention, context, query, coded)
+    assert error_of(actual[0], expected[0]) < TWO_PARTS
+    assert not actual[1].any()
+
+
 def test_no_rows(fast, build_context):
     context = build_context([64])
     context.block_table, context.seq_lens = context.block_table[:0], context.seq_lens[:0]

@@ -118,6 +118,20 @@ def test_everything_selected_is_attention(fast, build_context, error_of):
         assert error_of(actual, expected) < 1e-5
 
 
+def test_padding_rows(fast, build_context, error_of):
+    """Rows of length 0, as CUDA graphs pad batches with: 0, and no page is read."""
+    context = build_context([300, 70], dtype=torch.float32)
+    query = torch.randn(2, 4, 64)
+    tail_start = torch.tensor([250, 0], dtype=torch.int32)
+    indices = torch.full((2, 2, 20), -1, dtype=torch.int32)
+    indices[0] = torch.arange(100, 120)
+    expected = run(reference.sparse_decode_attention, context, query, indices, tail_start)
+    context.seq_lens[1] = 0
+    actual = run(fast.sparse_decode_attention, context, query, indices, tail_start)
+    assert error_of(actual[0], expected[0]) < 1e-5
+    assert not actual[1].any()
+
+
 def test_no_rows(fast, build_context):
     context = build_context([64], kind=DerivedKind.ONEBIT)
     context.block_table, context.seq_lens = context.block_table[:0], context.seq_lens[:0]
