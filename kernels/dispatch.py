@@ -28,11 +28,12 @@ OPS = (
 
 IMPLEMENTATIONS = {
     "cpu": "C++ with OpenMP",
+    "triton": "Triton",
     "reference": "plain torch",
 }
 """Names and what they are, fastest first."""
 
-DEVICES = {"cpu": ("cpu",), "reference": ("cpu", "cuda")}
+DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "reference": ("cpu", "cuda")}
 """Device types each implementation takes."""
 
 
@@ -44,6 +45,13 @@ class Choice:
     name: str
     reason: str
     function: Callable[..., Any]
+
+
+def devices(name: str) -> tuple[str, ...]:
+    """Device types the implementation `name` takes in this process."""
+    if name == "triton" and envs.triton_interpreted():
+        return ("cpu", "cuda")
+    return DEVICES[name]
 
 
 @cache
@@ -69,16 +77,19 @@ def choose(op: str, device_type: str) -> Choice:
         )
     reasons = []
     for name in [wanted] if wanted is not None else list(IMPLEMENTATIONS):
-        if name == "reference" and wanted is None and device_type == "cpu":
-            # Thousands of times slower: only ever on request.
-            break
-        if device_type not in DEVICES[name]:
+        if name in ("triton", "reference") and wanted is None and device_type == "cpu":
+            # Thousands of times slower there: only ever on request.
+            continue
+        if device_type not in devices(name):
             reasons.append(f"{name} does not run on {device_type}")
             continue
         if why := unavailable(name):
             reasons.append(f"{name}: {why}")
             continue
         module = importlib.import_module(f"vllm_tailorkv.kernels.{name}")
+        if not hasattr(module, op):
+            reasons.append(f"{name} has no {op}")
+            continue
         reason = "asked for by name" if wanted is not None else "the fastest available"
         return Choice(op, name, reason, getattr(module, op))
     raise TailorKVError(

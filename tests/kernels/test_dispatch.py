@@ -50,6 +50,33 @@ def test_cpu_by_default(monkeypatch):
     assert dispatch.choose("select_topk", "cpu").name == "cpu"
 
 
+def test_triton_on_cpu_tensors_by_name_only(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "triton")
+    assert dispatch.choose("write_kv", "cpu").name == "triton"
+    with pytest.raises(TailorKVError, match="triton has no select_topk"):
+        topk()
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    dispatch.choose.cache_clear()
+    with pytest.raises(TailorKVError, match="triton does not run on cpu"):
+        dispatch.choose("write_kv", "cpu")
+
+
+def test_triton_first_on_gpus(monkeypatch):
+    monkeypatch.delenv("VLLM_TAILORKV_KERNELS", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # available without a GPU
+    assert dispatch.choose("write_kv", "cuda").name == "triton"
+
+
+def test_triton_without_a_gpu(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(TailorKVError, match="there is no GPU"):
+        dispatch.choose("write_kv", "cuda")
+
+
 def test_missing_extension_names_the_remedy(monkeypatch):
     monkeypatch.delenv("VLLM_TAILORKV_KERNELS", raising=False)
     monkeypatch.setitem(sys.modules, "vllm_tailorkv._cpu", None)
