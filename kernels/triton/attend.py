@@ -115,7 +115,7 @@ def attend_token_rows(
 
 
 @triton.jit
-def merge_parts(
+def _merge_parts(
     output,  # [R, H, d]
     sums,  # float32 [R, H, parts, d]
     best,  # float32 [R, H, parts]
@@ -179,7 +179,7 @@ def allocate_parts(query: torch.Tensor, parts: int) -> Parts:
 def merge(output: torch.Tensor, parts: Parts) -> None:
     """Write the attention [R, H, d] that the parts sum up to."""
     rows, heads, head_size = output.shape
-    merge_parts[(heads, rows)](
+    _merge_parts[(heads, rows)](
         output,
         *parts,
         parts.best.shape[2],

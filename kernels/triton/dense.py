@@ -361,9 +361,14 @@ def _arguments(codes: GroupCodes, words: torch.Tensor) -> tuple[torch.Tensor | i
     return (words, *words.stride()[:3], *codes[1:], *codes.scale.stride()[:3])
 
 
-def _num_warps(elements: int, bits: int, itemsize: int) -> int:
-    """As few as hold a group without spilling: the fewer, the less they exchange."""
-    if elements > 8192 or itemsize > 2:
+def _num_warps(elements: int, bits: int) -> int:
+    """As few as hold a group without spilling: the fewer, the less they exchange.
+
+    Args:
+        elements: codes of K in a group, for every 8 query heads, twice for float32.
+        bits: of a code.
+    """
+    if elements > 8192:
         return 8
     return 4 if bits == 4 else 2
 
@@ -392,6 +397,8 @@ def quantized_decode_attention(
     key_words, value_words = as_words(codes.key.codes), as_words(codes.value.codes)
     most = block_table.shape[1] * block_size // group_size
     parts = _TAIL_PARTS + split_count(query.device, rows * heads, most, 4)
+    query_rows = max(8, triton.next_power_of_2(per_head))
+    elements = channels * group_size * query_rows // 8 * query.element_size() // 2
     results = allocate_parts(query, parts)
     _attend_codes[(parts, heads, rows)](
         *results,
@@ -418,10 +425,10 @@ def quantized_decode_attention(
         VALUE_GROUPS=value_groups,
         PADDED_GROUPS=triton.next_power_of_2(value_groups),
         PER_HEAD=per_head,
-        ROWS=max(8, triton.next_power_of_2(per_head)),
+        ROWS=query_rows,
         TAIL_ROWS=max(16, triton.next_power_of_2(per_head)),
         TAIL_PARTS=_TAIL_PARTS,
         TAIL_TOKENS=_TAIL_TOKENS,
-        num_warps=_num_warps(channels * group_size, bits, query.element_size()),
+        num_warps=_num_warps(elements, bits),
     )
     merge(output, results)

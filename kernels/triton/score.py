@@ -194,6 +194,7 @@ def _score_by_codes(
     group_size = block_size // per_block
     words = as_words(index.key.codes)
     channels = triton.next_power_of_2(head_size)
+    query_rows = max(8, triton.next_power_of_2(queries))
     most = -(-scores.shape[2] // group_size)
     _score_codes[(split_count(query.device, rows * heads, most, 12), heads, rows)](
         scores,
@@ -213,9 +214,9 @@ def _score_by_codes(
         GROUP=group_size,
         WORD_BITS=8 * words.element_size(),
         QUERIES=queries,
-        ROWS=max(8, triton.next_power_of_2(queries)),
+        ROWS=query_rows,
         # One warp holds 64 tokens of 128 channels, and exchanges nothing with others.
-        num_warps=max(1, channels * group_size // 8192),
+        num_warps=max(1, channels * group_size * query_rows // 65536),
     )
 
 
