@@ -12,8 +12,8 @@ from vllm_tailorkv.errors import TailorKVError
 PREFIX = "VLLM_TAILORKV_"
 
 VARIABLES = {
-    "VLLM_TAILORKV_KERNELS": "Implementation of every op by name (cpu, triton, reference); "
-    "default: the fastest that is available.",
+    "VLLM_TAILORKV_KERNELS": "Implementation of the ops by name (cpu, cuda, triton, reference); "
+    "those that it lacks, and all by default, run on the fastest that is available.",
     "VLLM_TAILORKV_CPU_ISA": "Instruction set of the C++ ops (avx512_gfni, avx512, avx2, "
     "portable); default: the best that the processor has.",
 }

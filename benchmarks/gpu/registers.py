@@ -79,7 +79,8 @@ def source(launch: Launch) -> ASTSource:
     for position, param in enumerate(launch.fn.params):
         value = launch.args[param.name]
         special = not param.do_not_specialize
-        if param.is_constexpr or (special and isinstance(value, int) and value == 1):
+        one = special and isinstance(value, int) and value == 1
+        if param.is_constexpr or value is None or one:
             signature[param.name] = "constexpr"
             constants[(position,)] = value
         elif isinstance(value, torch.Tensor):
@@ -202,6 +203,11 @@ def calls(case: Case) -> Iterator[Callable[[], Any]]:
         indices = torch.zeros(rows, heads, 128, dtype=torch.int32)
         attention = (torch.empty_like(query), query, *host[:2], indices, table, lengths)
         yield partial(kernels.sparse_decode_attention, *attention, lengths, 8, 0.1, 0.0)
+        for count in (512, 8192):  # the default, and the most that spill nothing
+            candidates = torch.zeros(rows, heads, count, dtype=torch.int32)
+            for channels in (case.head_size, case.head_size * 3 // 8):
+                arguments = (indices, candidates, query, host.key, table, channels, 0.1, 0.0)
+                yield partial(kernels.refine_topk, *arguments)
 
 
 def main() -> int:

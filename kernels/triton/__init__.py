@@ -19,6 +19,7 @@ _MODULES = {
     "quantize_groups": "quantize",
     "quantized_decode_attention": "dense",
     "score_tokens": "score",
+    "refine_topk": "refine",
     "sparse_decode_attention": "sparse",
     "dense_preference": "preference",
 }
