@@ -1,7 +1,9 @@
 """Which implementation of an op runs, and why.
 
 An implementation is a module with one function for each op it has, and a function
-`unavailable() -> str | None` that gives the reason why it cannot run here.
+`unavailable() -> str | None` that gives the reason why it cannot run here. Some have a few ops
+only: one that is asked for by name runs the ops that it has, and the fastest available one
+runs the others.
 """
 
 import importlib
@@ -28,11 +30,18 @@ OPS = (
 
 IMPLEMENTATIONS = {
     "cpu": "C++ with OpenMP",
+    "cuda": "CUDA C++",
+    "triton": "Triton",
     "reference": "plain torch",
 }
 """Names and what they are, fastest first."""
 
-DEVICES = {"cpu": ("cpu",), "reference": ("cpu", "cuda")}
+DEVICES = {
+    "cpu": ("cpu",),
+    "cuda": ("cuda",),
+    "triton": ("cuda",),
+    "reference": ("cpu", "cuda"),
+}
 """Device types each implementation takes."""
 
 
@@ -46,6 +55,13 @@ class Choice:
     function: Callable[..., Any]
 
 
+def devices(name: str) -> tuple[str, ...]:
+    """Device types the implementation `name` takes in this process."""
+    if name == "triton" and envs.triton_interpreted():
+        return ("cpu", "cuda")
+    return DEVICES[name]
+
+
 @cache
 def unavailable(name: str) -> str | None:
     """Why the implementation `name` cannot run here, or None if it can."""
@@ -54,32 +70,46 @@ def unavailable(name: str) -> str | None:
     return reason
 
 
+def obstacle(name: str, device_type: str) -> str | None:
+    """Why the implementation `name` can run no op for tensors on `device_type`, or None."""
+    if device_type not in devices(name):
+        return f"{name} does not run on {device_type}"
+    why = unavailable(name)
+    return f"{name}: {why}" if why else None
+
+
 @cache
 def choose(op: str, device_type: str) -> Choice:
     """The implementation of `op` for tensors on `device_type`.
 
     Raises:
-        TailorKVError: the one asked for by name is unknown, lacks the op or the device,
-            or is unavailable; or no fast implementation is available and none was named.
+        TailorKVError: the one asked for by name is unknown, unavailable or not for the
+            device; or no fast implementation is available and none was named.
     """
     wanted = envs.kernels()
     if wanted is not None and wanted not in IMPLEMENTATIONS:
         raise TailorKVError(
             f"VLLM_TAILORKV_KERNELS={wanted} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
         )
+    # Thousands of times slower on CPUs, these run there on request alone.
+    slow = ("triton", "reference") if device_type == "cpu" else ()
+    names = [name for name in IMPLEMENTATIONS if name not in slow]
+    if wanted is not None:
+        # Where it cannot run at all, no other one takes its place.
+        others = [] if obstacle(wanted, device_type) else names
+        names = [wanted, *(name for name in others if name != wanted)]
     reasons = []
-    for name in [wanted] if wanted is not None else list(IMPLEMENTATIONS):
-        if name == "reference" and wanted is None and device_type == "cpu":
-            # Thousands of times slower: only ever on request.
-            break
-        if device_type not in DEVICES[name]:
-            reasons.append(f"{name} does not run on {device_type}")
-            continue
-        if why := unavailable(name):
-            reasons.append(f"{name}: {why}")
+    for name in names:
+        if why := obstacle(name, device_type):
+            reasons.append(why)
             continue
         module = importlib.import_module(f"vllm_tailorkv.kernels.{name}")
-        reason = "asked for by name" if wanted is not None else "the fastest available"
+        if not hasattr(module, op):
+            reasons.append(f"{name} has no {op}")
+            continue
+        reason = "the fastest available"
+        if wanted is not None:
+            reason = "asked for by name" if name == wanted else f"{reason}; {wanted} has none"
         return Choice(op, name, reason, getattr(module, op))
     raise TailorKVError(
         f"no implementation of {op} on {device_type}: {'; '.join(reasons)}. Build the extension "

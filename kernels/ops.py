@@ -82,7 +82,7 @@ def quantized_decode_attention(
         key_cache, value_cache: [NB, Hk, bs, d].
         codes: K and V codes of the same blocks.
         block_table: int32 [R, max_blocks].
-        seq_lens: int32 [R]; tokens in context.
+        seq_lens: int32 [R]; tokens in context; 0 for a row of padding, whose output is 0.
         num_quantized: int32 [R], a multiple of g, at most `seq_lens`: tokens
             `[0, num_quantized)` are read from codes, the rest from the host.
         scale: factor on q.k before the softmax.
@@ -221,7 +221,7 @@ def sparse_decode_attention(
         indices: int32 [R, Hk, k] as `select_topk` leaves them; all G heads of a KV head
             attend to the same tokens.
         block_table: int32 [R, max_blocks].
-        seq_lens: int32 [R]; tokens in context.
+        seq_lens: int32 [R]; tokens in context; 0 for a row of padding, whose output is 0.
         tail_start: int32 [R]; sinks and tail may overlap, a token counts once.
         sink_tokens: tokens always kept at the start.
         scale: factor on q.k before the softmax.

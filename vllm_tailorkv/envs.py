@@ -12,8 +12,8 @@ from vllm_tailorkv.errors import TailorKVError
 PREFIX = "VLLM_TAILORKV_"
 
 VARIABLES = {
-    "VLLM_TAILORKV_KERNELS": "Implementation of every op by name (reference, cpu); default: the "
-    "fastest that is available.",
+    "VLLM_TAILORKV_KERNELS": "Implementation of the ops by name (cpu, cuda, triton, reference); "
+    "those that it lacks, and all by default, run on the fastest that is available.",
     "VLLM_TAILORKV_CPU_ISA": "Instruction set of the C++ ops (avx512_gfni, avx512, avx2, "
     "portable); default: the best that the processor has.",
 }
@@ -22,6 +22,11 @@ VARIABLES = {
 def kernels() -> str | None:
     """The implementation asked for by name, if any."""
     return os.environ.get("VLLM_TAILORKV_KERNELS") or None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter: its own variable, TRITON_INTERPRET."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def option_overrides(options: Iterable[str]) -> dict[str, str]:

@@ -6,14 +6,18 @@ outside the addressed tokens shows in its result.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+from vllm_tailorkv.cache.device_view import device_view
 from vllm_tailorkv.cache.views import HostPages, derived_pages, host_pages
 from vllm_tailorkv.kernels import cpu as cpu_module
 from vllm_tailorkv.kernels import reference
+from vllm_tailorkv.kernels import triton as triton_module
 from vllm_tailorkv.kernels.types import DerivedPages
 from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
 
@@ -36,12 +40,77 @@ def available_isas() -> list[str]:
 
 
 ISAS = available_isas()
+TRITON = ["triton-device", "triton-pinned"] if torch.cuda.is_available() else ["triton-interpreted"]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes of a storage: the test's, the copy, and the copy as the device sees it."""
+
+    original: torch.Tensor
+    copy: torch.Tensor
+    seen: torch.Tensor
+
+
+class OnDevice:
+    """An implementation for GPUs, called with CPU tensors: its arguments go there and back.
+
+    Storages are moved whole, so views keep their strides, their gaps and what they share.
+
+    Args:
+        module: the implementation.
+        where: `device`, or `pinned` for host memory that the GPU reads in place.
+    """
+
+    def __init__(self, module: ModuleType, where: str) -> None:
+        self.module = module
+        self.where = where
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        return partial(self._call, getattr(self.module, op))
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        moved: dict[int, Moved] = {}
+        result = function(*(self._move(arg, moved) for arg in args))
+        torch.cuda.synchronize()
+        for storage in moved.values():
+            storage.original.copy_(storage.copy)
+        return result.cpu() if isinstance(result, torch.Tensor) else result
+
+    def _move(self, arg: Any, moved: dict[int, Moved]) -> Any:
+        if isinstance(arg, tuple):
+            return type(arg)(*(self._move(part, moved) for part in arg))
+        if not isinstance(arg, torch.Tensor):
+            return arg
+        storage = arg.untyped_storage()
+        if not storage.nbytes():
+            return arg.cuda()
+        if storage.data_ptr() not in moved:
+            original = torch.empty(0, dtype=torch.uint8).set_(storage)
+            copy = original.pin_memory() if self.where == "pinned" else original.cuda()
+            seen = device_view(copy) if self.where == "pinned" else copy
+            moved[storage.data_ptr()] = Moved(original, copy, seen)
+        seen = moved[storage.data_ptr()].seen.untyped_storage()
+        empty = torch.empty(0, dtype=arg.dtype, device="cuda")
+        return empty.set_(seen, arg.storage_offset(), arg.shape, arg.stride())
 
 
 @pytest.fixture(params=ISAS or [pytest.param("", marks=pytest.mark.skip("no C++ extension"))])
 def cpu(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """The C++ implementation, once for each instruction set of this processor."""
     torch.ops.vllm_tailorkv.set_isa(request.param)
+    yield cpu_module
+    torch.ops.vllm_tailorkv.set_isa(ISAS[0])
+
+
+@pytest.fixture(params=[*(f"cpu-{isa}" for isa in ISAS), *TRITON])
+def fast(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Every implementation but the reference, each where it can run in this process."""
+    name, _, where = request.param.partition("-")
+    if name == "triton":
+        yield triton_module if where == "interpreted" else OnDevice(triton_module, where)
+        return
+    torch.ops.vllm_tailorkv.set_isa(where)
     yield cpu_module
     torch.ops.vllm_tailorkv.set_isa(ISAS[0])
 

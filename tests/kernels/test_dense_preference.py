@@ -17,11 +17,11 @@ CASES = [
 @pytest.mark.parametrize(("dtype", "heads", "per_head", "head_size", "length", "queries"), CASES)
 @pytest.mark.parametrize("alpha", [0.001, 0.05, 1.0])
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
-def test_equals_reference(cpu, dtype, heads, per_head, head_size, length, queries, alpha, softcap):
+def test_equals_reference(fast, dtype, heads, per_head, head_size, length, queries, alpha, softcap):
     query = torch.randn(queries, heads * per_head, head_size).to(dtype)
     key = torch.randn(length, heads, head_size).to(dtype)
     expected = reference.dense_preference(query, key, alpha, head_size**-0.5, softcap)
-    actual = cpu.dense_preference(query, key, alpha, head_size**-0.5, softcap)
+    actual = fast.dense_preference(query, key, alpha, head_size**-0.5, softcap)
     assert (actual - expected).abs().max() < 1e-5
 
 

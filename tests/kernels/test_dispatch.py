@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_tailorkv.errors import TailorKVError
-from vllm_tailorkv.kernels import cpu, dispatch, ops
+from vllm_tailorkv.kernels import cpu, cuda, dispatch, ops, triton
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,73 @@ def test_cpu_by_default(monkeypatch):
         pytest.skip("no C++ extension")
     assert topk() == 1
     assert dispatch.choose("select_topk", "cpu").name == "cpu"
+
+
+def test_triton_on_cpu_tensors_by_name_only(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "triton")
+    assert dispatch.choose("write_kv", "cpu").name == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    dispatch.choose.cache_clear()
+    with pytest.raises(TailorKVError, match="triton does not run on cpu"):
+        dispatch.choose("write_kv", "cpu")
+
+
+def test_ops_that_the_named_one_lacks(monkeypatch):
+    if cpu.unavailable():
+        pytest.skip("no C++ extension")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "triton")
+    assert topk() == 1
+    choice = dispatch.choose("select_topk", "cpu")
+    assert (choice.name, choice.reason) == ("cpu", "the fastest available; triton has none")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As on a machine with a GPU and every extension: what is chosen, not what it computes."""
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+
+
+@pytest.mark.parametrize("name", [None, "cuda", "triton", "reference"])
+def test_gpus(monkeypatch, gpu, name):
+    monkeypatch.setenv("VLLM_TAILORKV_KERNELS", name or "")
+    for op in dispatch.OPS:
+        choice = dispatch.choose(op, "cuda")
+        has_it = "cuda" if op == "select_topk" else "triton"
+        assert choice.name == ("reference" if name == "reference" else has_it)
+        if name is None:
+            assert choice.reason == "the fastest available"
+        elif choice.name == name:
+            assert choice.reason == "asked for by name"
+        else:
+            assert choice.reason == f"the fastest available; {name} has none"
+
+
+def test_a_named_one_that_cannot_run_is_an_error_for_every_op(monkeypatch, gpu):
+    monkeypatch.setattr(cuda, "unavailable", lambda: "it was not built")
+    monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "cuda")
+    for op in dispatch.OPS:
+        with pytest.raises(TailorKVError, match="cuda: it was not built"):
+            dispatch.choose(op, "cuda")
+        with pytest.raises(TailorKVError, match="cuda does not run on cpu"):
+            dispatch.choose(op, "cpu")
+
+
+def test_triton_first_on_gpus(monkeypatch):
+    monkeypatch.delenv("VLLM_TAILORKV_KERNELS", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # available without a GPU
+    assert dispatch.choose("write_kv", "cuda").name == "triton"
+
+
+def test_triton_without_a_gpu(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(TailorKVError, match="there is no GPU"):
+        dispatch.choose("write_kv", "cuda")
 
 
 def test_missing_extension_names_the_remedy(monkeypatch):

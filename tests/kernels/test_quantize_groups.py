@@ -40,7 +40,7 @@ def fill(cache) -> None:
 @pytest.mark.parametrize(("kind", "bits"), KINDS)
 @pytest.mark.parametrize(("dtype", "key_layout", "head_size", "block_size", "group_size"), CASES)
 def test_equals_reference(
-    cpu, build_cache, kind, bits, dtype, key_layout, head_size, block_size, group_size
+    fast, build_cache, kind, bits, dtype, key_layout, head_size, block_size, group_size
 ):
     cache = build_cache(
         kind=kind,
@@ -57,7 +57,7 @@ def test_equals_reference(
     per_block = block_size // group_size
     groups = torch.randperm(4 * per_block)  # the last block stays as it is
     reference.quantize_groups(groups, expected.host.key, expected.host.value, expected.derived)
-    cpu.quantize_groups(groups, cache.host.key, cache.host.value, cache.derived)
+    fast.quantize_groups(groups, cache.host.key, cache.host.value, cache.derived)
     if not torch.equal(cache.raw, expected.raw):
         # Only the sign of a zero may differ, and bytes decide nothing else.
         assert torch.equal(untied(cache), untied(expected))
@@ -92,11 +92,11 @@ def test_reference_against_formula(build_cache, bits):
 
 
 @pytest.mark.parametrize("kind", list(DerivedKind))
-def test_nothing_to_do(cpu, build_cache, kind):
+def test_nothing_to_do(fast, build_cache, kind):
     cache = build_cache(kind=kind)
     before = cache.raw.clone()
     empty = torch.zeros(0, dtype=torch.int64)
-    cpu.quantize_groups(empty, cache.host.key, cache.host.value, cache.derived)
+    fast.quantize_groups(empty, cache.host.key, cache.host.value, cache.derived)
     assert torch.equal(cache.raw, before)
 
 

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from vllm_tailorkv.kernels import cpu as cpu_module
 from vllm_tailorkv.kernels import ops, reference
 from vllm_tailorkv.layout import KeyLayout
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+TWO_PARTS = 2e-4
+"""Of products that GPUs make with two bf16 parts of each float."""
 LENGTHS = [1, 127, 128, 129, 700, 64]
 
 CASES = [
@@ -45,7 +48,7 @@ def run(function, context, query, num_quantized, softcap=0.0):
 )
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_equals_reference(
-    cpu,
+    fast,
     build_context,
     error_of,
     dtype,
@@ -72,8 +75,9 @@ def test_equals_reference(
     residual = (context.seq_lens - 128).clamp(min=0) // group_size * group_size
     for num_quantized in (context.complete, residual.int(), torch.zeros_like(residual)):
         expected = run(reference.quantized_decode_attention, context, query, num_quantized, softcap)
-        actual = run(cpu.quantized_decode_attention, context, query, num_quantized, softcap)
-        assert error_of(actual, expected) < TOLERANCE[dtype]
+        actual = run(fast.quantized_decode_attention, context, query, num_quantized, softcap)
+        limit = TOLERANCE[dtype] if fast is cpu_module else max(TWO_PARTS, TOLERANCE[dtype])
+        assert error_of(actual, expected) < limit
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -100,11 +104,23 @@ def test_reference_without_codes_is_attention(build_context, error_of):
     assert error_of(actual, expected.flatten(0, 1)[None]) < 1e-5
 
 
-def test_no_rows(cpu, build_context):
+def test_padding_rows(fast, build_context, error_of):
+    """Rows of length 0, as CUDA graphs pad batches with: 0, and no page is read."""
+    context = build_context([300, 70], dtype=torch.float32)
+    query = torch.randn(2, 4, 64)
+    coded = torch.tensor([192, 0], dtype=torch.int32)
+    expected = run(reference.quantized_decode_attention, context, query, coded)
+    context.seq_lens[1] = 0
+    actual = run(fast.quantized_decode_attention, context, query, coded)
+    assert error_of(actual[0], expected[0]) < TWO_PARTS
+    assert not actual[1].any()
+
+
+def test_no_rows(fast, build_context):
     context = build_context([64])
     context.block_table, context.seq_lens = context.block_table[:0], context.seq_lens[:0]
     output = run(
-        cpu.quantized_decode_attention,
+        fast.quantized_decode_attention,
         context,
         torch.zeros(0, 4, 64, dtype=torch.bfloat16),
         context.seq_lens,

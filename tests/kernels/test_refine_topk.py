@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_tailorkv.kernels import ops, reference
+from vllm_tailorkv.kernels import ops, reference, triton
 from vllm_tailorkv.layout import KeyLayout
 
 
@@ -66,33 +66,32 @@ def check(function, context, query, candidates, k, channels=None, scale=0.1, sof
 @pytest.mark.parametrize("key_layout", list(KeyLayout))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(1, 64), (4, 80), (8, 96), (3, 128), (4, 256)])
-def test_keeps_the_heaviest(cpu, build_context, key_layout, dtype, heads):
+def test_keeps_the_heaviest(fast, build_context, key_layout, dtype, heads):
     group_heads, head_size = heads
-    lengths = [1, 127, 128, 129, 700]
+    lengths = [1, 129, 700]
     context = build_context(lengths, head_size=head_size, dtype=dtype, key_layout=key_layout)
     query = torch.randn(len(lengths), 2 * group_heads, head_size).to(dtype)
     candidates = candidates_of(lengths, 2, 100)
-    for function in (cpu.refine_topk, reference.refine_topk):
+    for function in (fast.refine_topk, reference.refine_topk):
         check(function, context, query, candidates, 25)
-        check(function, context, query, candidates, 100)
-        check(function, context, query, candidates, 25, channels=head_size * 3 // 8)
+        check(function, context, query, candidates, 100, channels=head_size * 3 // 8)
         check(function, context, query, candidates, 25, channels=1)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_softcap(cpu, build_context, softcap):
+def test_softcap(fast, build_context, softcap):
     context = build_context([300])
     query = torch.randn(1, 8, 64).bfloat16() * 4
-    for function in (cpu.refine_topk, reference.refine_topk):
+    for function in (fast.refine_topk, reference.refine_topk):
         check(function, context, query, candidates_of([300], 2, 64), 16, 64, 0.3, softcap)
 
 
-def test_equal_weights_keep_the_lower_positions(cpu, build_context):
+def test_equal_weights_keep_the_lower_positions(fast, build_context):
     context = build_context([256])
     context.cache.host.key.fill_(1.0)
     query = torch.ones(1, 8, 64, dtype=torch.bfloat16)
     candidates = candidates_of([256], 2, 40)
-    for function in (cpu.refine_topk, reference.refine_topk):
+    for function in (fast.refine_topk, reference.refine_topk):
         indices = torch.zeros(1, 2, 8, dtype=torch.int32)
         function(
             indices, candidates, query, context.cache.host.key, context.block_table, 64, 0.1, 0.0
@@ -100,11 +99,115 @@ def test_equal_weights_keep_the_lower_positions(cpu, build_context):
         assert torch.equal(indices, candidates[..., :8])
 
 
-def test_no_candidates(cpu, build_context):
+def context_of_scores(build_context, scores: torch.Tensor, **kwargs):
+    """A row whose tokens have these scores [Hk, n] for a query of ones, whatever the channels:
+    the first alone is not 0.
+    """
+    heads, length = scores.shape
+    context = build_context([length], heads=heads, dtype=torch.float32, **kwargs)
+    context.cache.host.key.fill_(0)
+    position = torch.arange(length)
+    blocks = context.block_table[0, position // 128].long()
+    context.cache.host.key[blocks, :, position % 128, 0] = scores.T
+    return context
+
+
+KINDS = {
+    "normal": lambda x: x,
+    "ties": lambda x: (x * 2).round(),  # -0.0 among them
+    "negative": lambda x: -x.abs() - 1,
+    "close": lambda x: 1 + (x * 50).round() * 2.0**-23,
+    "equal": torch.zeros_like,
+    "large": lambda x: x * 1e30,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [1, 128, 700])
+def test_one_head_is_exact(fast, build_context, kind, k):
+    scores = KINDS[kind](torch.randn(2, 1100, generator=torch.Generator().manual_seed(3)))
+    context = context_of_scores(build_context, scores)
+    query = torch.ones(1, 2, 64)
+    candidates = candidates_of([1100], 2, 650)
+    indices = torch.full((2, 1, 2, k), 12345, dtype=torch.int32)
+    key, table = context.cache.host.key, context.block_table
+    for function, result in zip((fast.refine_topk, reference.refine_topk), indices, strict=True):
+        function(result, candidates, query, key, table, 64, 1.0, 0.0)
+    assert torch.equal(*indices)
+
+
+@pytest.mark.parametrize("key_layout", list(KeyLayout))
+def test_ties_between_channels(fast, build_context, key_layout):
+    context = build_context([400], dtype=torch.float32, key_layout=key_layout)
+    sign = torch.randn(context.cache.host.key.shape, generator=torch.Generator().manual_seed(2))
+    context.cache.host.key.copy_(sign.sign())
+    query, candidates = torch.ones(1, 2, 64), candidates_of([400], 2, 200)
+    indices = torch.full((2, 1, 2, 50), 12345, dtype=torch.int32)
+    key, table = context.cache.host.key, context.block_table
+    for function, result in zip((fast.refine_topk, reference.refine_topk), indices, strict=True):
+        function(result, candidates, query, key, table, 5, 1.0, 0.0)
+    assert torch.equal(*indices)
+
+
+def test_samples_choose_channels(fast, build_context):
+    """What the candidates between the samples hold, counts only in the channels chosen."""
+    context = build_context([128], heads=1, dtype=torch.float32)
+    key, block = context.cache.host.key, context.block_table[0, 0]
+    key[block] = 0.5
+    key[block, 0, :, 1] = 0.25
+    query = torch.ones(1, 1, 64)
+    query[0, 0, 2:] = 0
+    candidates = torch.arange(20, 60, dtype=torch.int32)[None, None]
+    samples = {i * 40 // 16 for i in range(16)}
+    hidden = [i for i in range(40) if i not in samples]
+    key[block, 0, 20 + torch.tensor(hidden), 1] = 100.0
+    key[block, 0, 20 + hidden[3], 0] = 1.0
+    indices = torch.full((1, 1, 2), 12345, dtype=torch.int32)
+    fast.refine_topk(indices, candidates, query, key, context.block_table, 1, 1.0, 0.0)
+    assert indices.flatten().tolist() == [20, 20 + hidden[3]]
+
+
+def test_wide_block_table(fast, build_context):
+    context = build_context([300, 200])
+    wide = torch.full((2, 50), -1, dtype=torch.int32)
+    wide[:, :4] = context.block_table
+    context.block_table = wide[:, :4]
+    query = torch.randn(2, 8, 64).bfloat16()
+    check(fast.refine_topk, context, query, candidates_of([300, 200], 2, 64), 16, channels=24)
+
+
+def test_many_candidates(fast, build_context):
+    context = build_context([3000], heads=1)
+    query = torch.randn(1, 2, 64).bfloat16()
+    check(fast.refine_topk, context, query, candidates_of([3000], 1, 2500), 600, channels=24)
+
+
+@pytest.mark.parametrize(("rows", "count", "k"), [(0, 10, 4), (1, 10, 0), (1, 0, 4)])
+def test_nothing(fast, build_context, rows, count, k):
+    context = build_context([5])
+    candidates = torch.full((rows, 2, count), -1, dtype=torch.int32)
+    query = torch.ones(rows, 4, 64, dtype=torch.bfloat16)
+    indices = torch.zeros(rows, 2, k, dtype=torch.int32)
+    key, table = context.cache.host.key, context.block_table[:rows]
+    fast.refine_topk(indices, candidates, query, key, table, 64, 0.1, 0.0)
+    assert (indices == -1).all()
+
+
+def test_triton_names_its_limit(build_context):
+    context = build_context([5])
+    candidates = torch.full((1, 2, 65537), -1, dtype=torch.int32)
+    query = torch.ones(1, 4, 64, dtype=torch.bfloat16)
+    indices = torch.zeros(1, 2, 4, dtype=torch.int32)
+    key, table = context.cache.host.key, context.block_table
+    with pytest.raises(ValueError, match="lower topk_tokens or rerank_factor"):
+        triton.refine_topk(indices, candidates, query, key, table, 64, 0.1, 0.0)
+
+
+def test_no_candidates(fast, build_context):
     context = build_context([5])
     candidates = torch.full((1, 2, 10), -1, dtype=torch.int32)
     query = torch.ones(1, 4, 64, dtype=torch.bfloat16)
-    for function in (cpu.refine_topk, reference.refine_topk):
+    for function in (fast.refine_topk, reference.refine_topk):
         indices = torch.zeros(1, 2, 4, dtype=torch.int32)
         function(
             indices, candidates, query, context.cache.host.key, context.block_table, 64, 0.1, 0.0

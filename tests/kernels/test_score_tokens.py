@@ -3,16 +3,21 @@
 import pytest
 import torch
 
+from vllm_tailorkv.kernels import cpu as cpu_module
 from vllm_tailorkv.kernels import ops, reference
 from vllm_tailorkv.layout import DerivedKind, KeyLayout
 
 LENGTHS = [1, 70, 129, 1000, 400]
 
 
-def tolerance(kind):
-    """Of the largest magnitude of all rows; looser where sums come from tables of bytes."""
-    bytewise = torch.ops.vllm_tailorkv.isa() == "avx512_gfni"
-    return 1.5e-2 if bytewise and kind is DerivedKind.ONEBIT else 1e-5
+def tolerance(implementation, kind):
+    """Of the largest magnitude of all rows; looser where sums come from tables of bytes, or
+    from products with two bf16 parts of the query."""
+    if kind is DerivedKind.CHANNELS:
+        return 1e-5
+    if implementation is not cpu_module:
+        return 1e-4
+    return 1.5e-2 if torch.ops.vllm_tailorkv.isa() == "avx512_gfni" else 1e-5
 
 
 CASES = [
@@ -50,7 +55,7 @@ def run(function, context, query, tail_start, sink_tokens, size, critical=8):
     ("dtype", "key_layout", "heads", "queries", "head_size", "block_size", "group_size"), CASES
 )
 def test_equals_reference(
-    cpu,
+    fast,
     build_context,
     kind,
     sink_tokens,
@@ -78,8 +83,8 @@ def test_equals_reference(
     size = int(tail_start.max())
     arguments = (context, query, tail_start, sink_tokens, size)
     expected = run(reference.score_tokens, *arguments)
-    actual = run(cpu.score_tokens, *arguments)
-    limit = tolerance(kind) * expected.nan_to_num().abs().amax()
+    actual = run(fast.score_tokens, *arguments)
+    limit = tolerance(fast, kind) * expected.nan_to_num().abs().amax()
     for row, end in enumerate(tail_start.tolist()):
         middle = slice(sink_tokens, max(sink_tokens, end))
         error = (actual[row, :, middle] - expected[row, :, middle]).abs()
@@ -94,15 +99,15 @@ def test_split_over_threads(cpu, build_context, error_of, threads, kind, count):
     expected = run(reference.score_tokens, *arguments)
     threads(count)
     actual = run(cpu.score_tokens, *arguments)
-    assert error_of(actual[..., 8:], expected[..., 8:]) < tolerance(kind)
+    assert error_of(actual[..., 8:], expected[..., 8:]) < tolerance(cpu, kind)
 
 
-def test_ties_between_channels(cpu, build_context, error_of):
+def test_ties_between_channels(fast, build_context, error_of):
     context = build_context([256], kind=DerivedKind.CHANNELS, dtype=torch.float32)
     context.cache.derived.absmax.fill_(1.0)
     arguments = (context, torch.ones(1, 2, 1, 64), context.complete, 8, 256, 3)
     expected = run(reference.score_tokens, *arguments)
-    actual = run(cpu.score_tokens, *arguments)
+    actual = run(fast.score_tokens, *arguments)
     assert error_of(actual[..., 8:], expected[..., 8:]) < 1e-5
 
 
@@ -117,10 +122,10 @@ def test_reference_with_all_channels_is_exact(build_context, error_of):
         assert error_of(scores[0, :, token], expected) < 1e-5
 
 
-def test_no_rows(cpu, build_context):
+def test_no_rows(fast, build_context):
     context = build_context([64], kind=DerivedKind.ONEBIT)
     context.block_table = context.block_table[:0]
-    scores = run(cpu.score_tokens, context, torch.zeros(0, 2, 1, 64), torch.zeros(0).int(), 8, 64)
+    scores = run(fast.score_tokens, context, torch.zeros(0, 2, 1, 64), torch.zeros(0).int(), 8, 64)
     assert scores.shape == (0, 2, 64)
 
 

@@ -60,7 +60,7 @@ def run(function, context, query, indices, tail_start, softcap=0.0):
 )
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_equals_reference(
-    cpu,
+    fast,
     build_context,
     error_of,
     dtype,
@@ -86,7 +86,7 @@ def test_equals_reference(
     query = torch.randn(len(LENGTHS), heads * per_head, head_size).to(dtype)
     indices = choose(tail_start, heads, k)
     expected = run(reference.sparse_decode_attention, context, query, indices, tail_start, softcap)
-    actual = run(cpu.sparse_decode_attention, context, query, indices, tail_start, softcap)
+    actual = run(fast.sparse_decode_attention, context, query, indices, tail_start, softcap)
     assert error_of(actual, expected) < TOLERANCE[dtype]
 
 
@@ -101,7 +101,7 @@ def test_split_over_threads(cpu, build_context, error_of, threads, count):
     assert error_of(actual, expected) < 1e-5
 
 
-def test_everything_selected_is_attention(cpu, build_context, error_of):
+def test_everything_selected_is_attention(fast, build_context, error_of):
     context = build_context([300], dtype=torch.float32)
     query = torch.randn(1, 4, 64)
     tail_start = torch.tensor([250], dtype=torch.int32)
@@ -113,17 +113,31 @@ def test_everything_selected_is_attention(cpu, build_context, error_of):
     expected = torch.nn.functional.scaled_dot_product_attention(
         query.unflatten(1, (2, 2))[0], key, value
     ).flatten(0, 1)[None]
-    for implementation in (cpu, reference):
+    for implementation in (fast, reference):
         actual = run(implementation.sparse_decode_attention, context, query, indices, tail_start)
         assert error_of(actual, expected) < 1e-5
 
 
-def test_no_rows(cpu, build_context):
+def test_padding_rows(fast, build_context, error_of):
+    """Rows of length 0, as CUDA graphs pad batches with: 0, and no page is read."""
+    context = build_context([300, 70], dtype=torch.float32)
+    query = torch.randn(2, 4, 64)
+    tail_start = torch.tensor([250, 0], dtype=torch.int32)
+    indices = torch.full((2, 2, 20), -1, dtype=torch.int32)
+    indices[0] = torch.arange(100, 120)
+    expected = run(reference.sparse_decode_attention, context, query, indices, tail_start)
+    context.seq_lens[1] = 0
+    actual = run(fast.sparse_decode_attention, context, query, indices, tail_start)
+    assert error_of(actual[0], expected[0]) < 1e-5
+    assert not actual[1].any()
+
+
+def test_no_rows(fast, build_context):
     context = build_context([64], kind=DerivedKind.ONEBIT)
     context.block_table, context.seq_lens = context.block_table[:0], context.seq_lens[:0]
     query = torch.zeros(0, 4, 64, dtype=torch.bfloat16)
     indices = torch.zeros(0, 2, 5, dtype=torch.int32)
-    assert run(cpu.sparse_decode_attention, context, query, indices, context.seq_lens).shape == (
+    assert run(fast.sparse_decode_attention, context, query, indices, context.seq_lens).shape == (
         0,
         4,
         64,

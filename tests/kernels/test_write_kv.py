@@ -29,7 +29,7 @@ def slots_of(name: str, count: int, capacity: int) -> torch.Tensor:
 @pytest.mark.parametrize(("dtype", "key_layout", "heads", "head_size", "block_size"), CASES)
 @pytest.mark.parametrize("tokens", [0, 1, 300])
 def test_equals_reference(
-    cpu, build_cache, dtype, key_layout, heads, head_size, block_size, slots, tokens
+    fast, build_cache, dtype, key_layout, heads, head_size, block_size, slots, tokens
 ):
     cache = build_cache(
         heads=heads,
@@ -45,7 +45,7 @@ def test_equals_reference(
     mapping = slots_of(slots, tokens, 8 * block_size)
     mapping = torch.cat([mapping, torch.full((5,), 7)])  # longer than the tokens: ignored
     reference.write_kv(key, value, expected.host.key, expected.host.value, mapping)
-    cpu.write_kv(key, value, cache.host.key, cache.host.value, mapping)
+    fast.write_kv(key, value, cache.host.key, cache.host.value, mapping)
     assert torch.equal(cache.raw, expected.raw)
 
 

@@ -1,0 +1,197 @@
+"""Device functions of attention: products, scores, a tile of exact rows, and the merge.
+
+Each program leaves the softmax of its own tokens: the largest score, the sum of the powers
+and the weighted sum of values. Scores are kept in base 2. A part without tokens has a
+largest score of minus infinity and counts for nothing.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_tailorkv import envs
+
+_INTERPRETED = tl.constexpr(envs.triton_interpreted())
+_MERGED = 16
+
+
+@triton.jit
+def dot(a, b):
+    """Matrix product in float32; exact products of whatever dtype the operands have."""
+    if _INTERPRETED:
+        # The interpreter would multiply the bit patterns of bf16.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def cap_scores(scores, factor, cap, CAPPED: tl.constexpr):
+    """Scores in base 2 from q.k; see `score_factors`."""
+    scores *= factor
+    if CAPPED:
+        # tanh(x) = 1 - 2 / (e^2x + 1); the factor 2 is in `factor`.
+        scores = cap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
+    return scores
+
+
+@triton.jit
+def finite(best):
+    """The largest score, or 0 where there was none, so that no difference is a NaN."""
+    return tl.where(best == -float("inf"), 0.0, best)
+
+
+@triton.jit
+def attend_rows(query, key, value, valid, best, total, output, factor, cap, CAPPED: tl.constexpr):
+    """Add a tile of tokens to a softmax.
+
+    query [M, d], key [d, n] and value [n, d] in one dtype, valid bool [n]; best and total
+    float32 [M], output float32 [M, d].
+    """
+    scores = cap_scores(dot(query, key), factor, cap, CAPPED)
+    scores = tl.where(valid[None, :], scores, -float("inf"))
+    larger = tl.maximum(best, tl.max(scores, 1))
+    shrink = tl.exp2(best - finite(larger))
+    weights = tl.exp2(scores - finite(larger)[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    output = output * shrink[:, None] + dot(weights.to(value.dtype), value)
+    return larger, total, output
+
+
+@triton.jit
+def load_queries(
+    query,
+    first,
+    PER_HEAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """The PER_HEAD query heads from `first` on, [ROWS, CHANNELS], 0 beyond them."""
+    heads, channels = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
+    at = (first + heads)[:, None] * HEAD_SIZE + channels[None, :]
+    mask = (heads < PER_HEAD)[:, None] & (channels < HEAD_SIZE)[None, :]
+    return tl.load(query + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def attend_token_rows(
+    query,
+    key,
+    value,
+    token,
+    valid,
+    block_table,
+    key_block,
+    key_head,
+    key_token,
+    key_channel,
+    value_block,
+    value_head,
+    value_token,
+    value_channel,
+    head,
+    best,
+    total,
+    output,
+    factor,
+    cap,
+    CAPPED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+):
+    """Add the host rows of tokens int [n] of one head to a softmax."""
+    channels = tl.arange(0, query.shape[1])
+    block = tl.load(block_table + token // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+    offset = token % BLOCK_SIZE
+    mask = valid[:, None] & (channels < HEAD_SIZE)[None, :]
+    rows = block * key_block + head * key_head + offset * key_token
+    k = tl.load(key + rows[:, None] + channels[None, :] * key_channel, mask=mask, other=0.0)
+    rows = block * value_block + head * value_head + offset * value_token
+    v = tl.load(value + rows[:, None] + channels[None, :] * value_channel, mask=mask, other=0.0)
+    return attend_rows(query, tl.trans(k), v, valid, best, total, output, factor, cap, CAPPED)
+
+
+@triton.jit
+def _merge_parts(
+    output,  # [R, H, d]
+    sums,  # float32 [R, H, parts, d]
+    best,  # float32 [R, H, parts]
+    totals,  # float32 [R, H, parts]
+    parts,
+    HEAD_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One row and head; grid (H, R)."""
+    at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    channels = tl.arange(0, CHANNELS)
+    kept = channels < HEAD_SIZE
+    highest = -float("inf")
+    for start in range(0, parts, PARTS):
+        numbers = start + tl.arange(0, PARTS)
+        scores = tl.load(best + at * parts + numbers, mask=numbers < parts, other=-float("inf"))
+        highest = tl.maximum(highest, tl.max(scores, 0))
+    total = 0.0
+    merged = tl.zeros([CHANNELS], tl.float32)
+    for start in range(0, parts, PARTS):
+        numbers = start + tl.arange(0, PARTS)
+        there = numbers < parts
+        scores = tl.load(best + at * parts + numbers, mask=there, other=-float("inf"))
+        weights = tl.exp2(scores - finite(highest))
+        part = tl.load(totals + at * parts + numbers, mask=there, other=0.0)
+        total += tl.sum(weights * part, 0)
+        rows = sums + (at * parts + numbers) * HEAD_SIZE
+        mask = there[:, None] & kept[None, :]
+        part = tl.load(rows[:, None] + channels[None, :], mask=mask, other=0.0)
+        merged += tl.sum(weights[:, None] * part, 0)
+    # A row without tokens is padding: 0.
+    merged = merged / tl.where(total == 0.0, 1.0, total)
+    at = output + at * HEAD_SIZE + channels
+    tl.store(at, merged.to(output.dtype.element_ty), mask=kept)
+
+
+class Parts(NamedTuple):
+    """What the programs of one call leave for the merge.
+
+    sums float32 [R, H, parts, d]; best, totals float32 [R, H, parts].
+    """
+
+    sums: torch.Tensor
+    best: torch.Tensor
+    totals: torch.Tensor
+
+
+def allocate_parts(query: torch.Tensor, parts: int) -> Parts:
+    """For query [R, H, d]."""
+    rows, heads, head_size = query.shape
+    shape = (rows, heads, parts)
+    dtype, device = torch.float32, query.device
+    return Parts(
+        torch.empty((*shape, head_size), dtype=dtype, device=device),
+        torch.empty(shape, dtype=dtype, device=device),
+        torch.empty(shape, dtype=dtype, device=device),
+    )
+
+
+def merge(output: torch.Tensor, parts: Parts) -> None:
+    """Write the attention [R, H, d] that the parts sum up to."""
+    rows, heads, head_size = output.shape
+    _merge_parts[(heads, rows)](
+        output,
+        *parts,
+        parts.best.shape[2],
+        HEAD_SIZE=head_size,
+        CHANNELS=triton.next_power_of_2(head_size),
+        PARTS=_MERGED,
+    )
+
+
+def score_factors(scale: float, softcap: float) -> dict[str, float | bool]:
+    """The arguments of `cap_scores` for the contract's `scale` and `softcap`."""
+    base = math.log2(math.e)
+    if softcap > 0:
+        return {"factor": 2 * base * scale / softcap, "cap": base * softcap, "CAPPED": True}
+    return {"factor": base * scale, "cap": 0.0, "CAPPED": False}

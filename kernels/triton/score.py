@@ -1,0 +1,307 @@
+"""Approximate scores of the middle tokens, from one-bit codes or from critical channels."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_tailorkv.kernels.triton.codes import code_numbers, dot_key_codes
+from vllm_tailorkv.kernels.triton.launch import as_words, split_count
+from vllm_tailorkv.kernels.types import ChannelIndex, OnebitIndex, TokenIndex
+
+_BLOCK_TOKENS = 128
+_BLOCK_GROUPS = 16
+
+
+@triton.jit
+def _score_codes(
+    scores,  # float32 [R, Hk, S]
+    scores_row,
+    scores_head,
+    query,  # float32 [R, Hk, QUERIES, d]
+    words,  # [NB, Hk, G, d, GROUP / WORD_BITS]
+    words_block,
+    words_head,
+    words_group,
+    scale,  # float16 [NB, Hk, G, d], zero with the same strides
+    zero,
+    scale_block,
+    scale_head,
+    scale_group,
+    block_table,  # int32 [R, max_blocks]
+    table_row,
+    tail_start,  # int32 [R]
+    sink_tokens,
+    PER_BLOCK: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WORD_BITS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A run of groups of one row and head; grid (parts, Hk, R)."""
+    row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    WORDS: tl.constexpr = GROUP // WORD_BITS
+    end = tl.load(tail_start + row)
+    first, last = sink_tokens // GROUP, tl.cdiv(end, GROUP)
+    share = tl.cdiv(last - first, tl.num_programs(0))
+    first += tl.program_id(0) * share
+    channels, queries = tl.arange(0, CHANNELS), tl.arange(0, ROWS)
+    kept = channels < HEAD_SIZE
+    lines = (row * tl.num_programs(1) + head) * QUERIES + queries
+    mask = (queries < QUERIES)[:, None] & kept[None, :]
+    q = tl.load(query + lines[:, None] * HEAD_SIZE + channels[None, :], mask=mask, other=0.0)
+    within = channels[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    scores += row * scores_row + head * scores_head
+    for index in range(first, tl.minimum(first + share, last)):
+        block = tl.load(block_table + row * table_row + index // PER_BLOCK).to(tl.int64)
+        group = index % PER_BLOCK
+        base = block * words_block + head * words_head + group * words_group
+        codes = tl.load(words + base + within, mask=kept[:, None], other=0)
+        base = block * scale_block + head * scale_head + group * scale_group
+        scales = tl.load(scale + base + channels, mask=kept, other=0.0).to(tl.float32)
+        zeros = tl.load(zero + base + channels, mask=kept, other=0.0).to(tl.float32)
+        products = dot_key_codes(q, codes, scales, zeros, 1, WORD_BITS)
+        products = tl.where((queries < QUERIES)[:, None], products, -float("inf"))
+        tokens = index * GROUP + code_numbers(GROUP, 1, WORD_BITS)
+        middle = (tokens >= sink_tokens) & (tokens < end)
+        tl.store(scores + tokens, tl.max(products, 0), mask=middle)
+
+
+@triton.jit
+def _largest_magnitudes(
+    largest,  # float32 [R, Hk, parts, CHANNELS]
+    absmax,  # [NB, Hk, G, d]
+    absmax_block,
+    absmax_head,
+    absmax_group,
+    block_table,  # int32 [R, max_blocks]
+    table_row,
+    tail_start,  # int32 [R]
+    PER_BLOCK: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Of each channel over a part of the groups of one row and head; grid (parts, Hk, R)."""
+    row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    last = tl.cdiv(tl.load(tail_start + row), GROUP)
+    channels = tl.arange(0, CHANNELS)
+    most = tl.zeros([GROUPS, CHANNELS], tl.float32)
+    step = tl.num_programs(0) * GROUPS
+    for start in range(tl.program_id(0) * GROUPS, last, step):
+        index = start + tl.arange(0, GROUPS)
+        there = index < last
+        at = block_table + row * table_row + index // PER_BLOCK
+        block = tl.load(at, mask=there, other=0).to(tl.int64)
+        at = block * absmax_block + head * absmax_head + index % PER_BLOCK * absmax_group
+        mask = there[:, None] & (channels < HEAD_SIZE)[None, :]
+        part = tl.load(absmax + at[:, None] + channels[None, :], mask=mask, other=0.0)
+        most = tl.maximum(most, part.to(tl.float32))
+    at = (row * tl.num_programs(1) + head) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(largest + at * CHANNELS + channels, tl.max(most, 0))
+
+
+@triton.jit
+def _select_channels(
+    selected,  # int32 [R, Hk, COUNT]
+    largest,  # float32 [R, Hk, parts, CHANNELS]
+    query,  # float32 [R, Hk, QUERIES, d]
+    parts,
+    HEAD_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """The channels that count most, the lower first among equals; grid (Hk, R)."""
+    at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    channels = tl.arange(0, CHANNELS)
+    kept = channels < HEAD_SIZE
+    magnitude = tl.zeros([CHANNELS], tl.float32)
+    for part in range(parts):
+        row = largest + (at * parts + part) * CHANNELS
+        magnitude = tl.maximum(magnitude, tl.load(row + channels))
+    weight = tl.zeros([CHANNELS], tl.float32)
+    for i in range(QUERIES):
+        row = query + (at * QUERIES + i) * HEAD_SIZE
+        weight = tl.maximum(weight, tl.abs(tl.load(row + channels, mask=kept, other=0.0)))
+    weight = tl.where(kept, weight * magnitude, -1.0)
+    for i in range(COUNT):
+        best = tl.min(tl.where(weight == tl.max(weight, 0), channels, CHANNELS), 0)
+        tl.store(selected + at * COUNT + i, best)
+        weight = tl.where(channels == best, -2.0, weight)
+
+
+@triton.jit
+def _score_channels(
+    scores,  # float32 [R, Hk, S]
+    scores_row,
+    scores_head,
+    query,  # float32 [R, Hk, QUERIES, d]
+    selected,  # int32 [R, Hk, COUNT]
+    key,  # [NB, Hk, bs, d]
+    key_block,
+    key_head,
+    key_token,
+    key_channel,
+    block_table,  # int32 [R, max_blocks]
+    table_row,
+    tail_start,  # int32 [R]
+    sink_tokens,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    COUNT: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Every so many runs of TOKENS tokens of one row and head; grid (parts, Hk, R)."""
+    row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    end = tl.load(tail_start + row)
+    at = row * tl.num_programs(1) + head
+    numbers = tl.arange(0, PADDED)
+    chosen = numbers < COUNT
+    channels = tl.load(selected + at * COUNT + numbers, mask=chosen, other=0)
+    scores += row * scores_row + head * scores_head
+    step = tl.num_programs(0) * TOKENS
+    for start in range(sink_tokens + tl.program_id(0) * TOKENS, end, step):
+        tokens = start + tl.arange(0, TOKENS)
+        middle = tokens < end
+        place = block_table + row * table_row + tokens // BLOCK_SIZE
+        block = tl.load(place, mask=middle, other=0).to(tl.int64)
+        rows = key + block * key_block + head * key_head + tokens % BLOCK_SIZE * key_token
+        mask = middle[:, None] & chosen[None, :]
+        part = tl.load(rows[:, None] + channels[None, :] * key_channel, mask=mask, other=0.0)
+        best = tl.full([TOKENS], -float("inf"), tl.float32)
+        for i in range(QUERIES):
+            q = tl.load(query + (at * QUERIES + i) * HEAD_SIZE + channels, mask=chosen, other=0.0)
+            best = tl.maximum(best, tl.sum(part.to(tl.float32) * q[None, :], 1))
+        tl.store(scores + tokens, best, mask=middle)
+
+
+def _score_by_codes(
+    scores: torch.Tensor,
+    query: torch.Tensor,
+    index: OnebitIndex,
+    block_size: int,
+    block_table: torch.Tensor,
+    tail_start: torch.Tensor,
+    sink_tokens: int,
+) -> None:
+    rows, heads, queries, head_size = query.shape
+    per_block = index.key.scale.shape[2]
+    group_size = block_size // per_block
+    words = as_words(index.key.codes)
+    channels = triton.next_power_of_2(head_size)
+    query_rows = max(8, triton.next_power_of_2(queries))
+    most = -(-scores.shape[2] // group_size)
+    _score_codes[(split_count(query.device, rows * heads, most, 12), heads, rows)](
+        scores,
+        *scores.stride()[:2],
+        query,
+        words,
+        *words.stride()[:3],
+        *index.key[1:],
+        *index.key.scale.stride()[:3],
+        block_table,
+        block_table.stride(0),
+        tail_start,
+        sink_tokens,
+        PER_BLOCK=per_block,
+        HEAD_SIZE=head_size,
+        CHANNELS=channels,
+        GROUP=group_size,
+        WORD_BITS=8 * words.element_size(),
+        QUERIES=queries,
+        ROWS=query_rows,
+        # One warp holds 64 tokens of 128 channels, and exchanges nothing with others.
+        num_warps=max(1, channels * group_size * query_rows // 65536),
+    )
+
+
+def _score_by_channels(
+    scores: torch.Tensor,
+    query: torch.Tensor,
+    index: ChannelIndex,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    tail_start: torch.Tensor,
+    sink_tokens: int,
+    critical_channels: int,
+) -> None:
+    rows, heads, queries, head_size = query.shape
+    block_size, per_block = key_cache.shape[2], index.absmax.shape[2]
+    channels, count = triton.next_power_of_2(head_size), min(critical_channels, head_size)
+    most = -(-scores.shape[2] // _BLOCK_TOKENS)
+    parts = split_count(query.device, rows * heads, most, 8)
+    largest = scores.new_empty(rows, heads, parts, channels)
+    selected = block_table.new_empty(rows, heads, count)
+    where = (block_table, block_table.stride(0), tail_start)
+    _largest_magnitudes[(parts, heads, rows)](
+        largest,
+        index.absmax,
+        *index.absmax.stride()[:3],
+        *where,
+        PER_BLOCK=per_block,
+        HEAD_SIZE=head_size,
+        CHANNELS=channels,
+        GROUP=block_size // per_block,
+        GROUPS=_BLOCK_GROUPS,
+    )
+    _select_channels[(heads, rows)](
+        selected,
+        largest,
+        query,
+        parts,
+        HEAD_SIZE=head_size,
+        CHANNELS=channels,
+        QUERIES=queries,
+        COUNT=count,
+    )
+    _score_channels[(parts, heads, rows)](
+        scores,
+        *scores.stride()[:2],
+        query,
+        selected,
+        key_cache,
+        *key_cache.stride(),
+        *where,
+        sink_tokens,
+        BLOCK_SIZE=block_size,
+        HEAD_SIZE=head_size,
+        QUERIES=queries,
+        COUNT=count,
+        PADDED=triton.next_power_of_2(max(1, count)),
+        TOKENS=_BLOCK_TOKENS,
+    )
+
+
+def score_tokens(
+    scores: torch.Tensor,
+    query: torch.Tensor,
+    index: TokenIndex,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    tail_start: torch.Tensor,
+    sink_tokens: int,
+    critical_channels: int,
+) -> None:
+    """See `ops.score_tokens`."""
+    if not query.shape[0] or not scores.shape[2]:
+        return
+    if isinstance(index, ChannelIndex):
+        _score_by_channels(
+            scores,
+            query,
+            index,
+            key_cache,
+            block_table,
+            tail_start,
+            sink_tokens,
+            critical_channels,
+        )
+    else:
+        _score_by_codes(
+            scores, query, index, key_cache.shape[2], block_table, tail_start, sink_tokens
+        )

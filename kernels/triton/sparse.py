@@ -1,0 +1,154 @@
+"""Exact attention over gathered rows: sinks, selected tokens and tail."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_tailorkv.kernels.triton.attend import (
+    allocate_parts,
+    attend_token_rows,
+    load_queries,
+    merge,
+    score_factors,
+)
+from vllm_tailorkv.kernels.triton.launch import split_count
+
+_BLOCK_TOKENS = 16
+_TAIL_TOKENS = 128
+"""Expected; a longer tail only makes the programs loop."""
+
+
+@triton.jit
+def _attend_gathered(
+    sums,  # float32 [R, H, parts, d]
+    best,  # float32 [R, H, parts]
+    totals,  # float32 [R, H, parts]
+    query,  # [R, H, d]
+    key,  # [NB, Hk, bs, d]
+    key_block,
+    key_head,
+    key_token,
+    key_channel,
+    value,  # [NB, Hk, bs, d]
+    value_block,
+    value_head,
+    value_token,
+    value_channel,
+    indices,  # int32 [R, Hk, num_indices]
+    num_indices,
+    block_table,  # int32 [R, max_blocks]
+    table_row,
+    seq_lens,  # int32 [R]
+    tail_start,  # int32 [R]
+    sink_tokens,
+    factor,
+    cap,
+    CAPPED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Every so many runs of TOKENS of the tokens of one row and KV head, listed one after
+    the other: sinks, selected, tail. Grid (parts, Hk, R).
+    """
+    row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    parts, part = tl.num_programs(0), tl.program_id(0)
+    row_head = row * tl.num_programs(1) + head
+    q = load_queries(query, row_head * PER_HEAD, PER_HEAD, ROWS, HEAD_SIZE, CHANNELS)
+    length = tl.load(seq_lens + row)
+    sinks = tl.minimum(sink_tokens, length)
+    # A token that is both a sink and in the tail counts as a sink.
+    tail = tl.maximum(tl.load(tail_start + row), sinks)
+    before_tail = sinks + num_indices
+    indices += row_head * num_indices - sinks
+    highest = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    output = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for start in range(part * TOKENS, before_tail + length - tail, parts * TOKENS):
+        place = start + tl.arange(0, TOKENS)
+        listed = (place >= sinks) & (place < before_tail)
+        selected = tl.load(indices + place, mask=listed, other=-1)
+        token = tl.where(place < sinks, place, tail + place - before_tail)
+        token = tl.where(listed, selected, token)
+        highest, total, output = attend_token_rows(
+            q,
+            key,
+            value,
+            token,
+            (token >= 0) & (token < length),
+            block_table + row * table_row,
+            key_block,
+            key_head,
+            key_token,
+            key_channel,
+            value_block,
+            value_head,
+            value_token,
+            value_channel,
+            head,
+            highest,
+            total,
+            output,
+            factor,
+            cap,
+            CAPPED,
+            BLOCK_SIZE,
+            HEAD_SIZE,
+        )
+    heads, channels = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
+    at = (row_head * PER_HEAD + heads) * parts + part
+    real = heads < PER_HEAD
+    tl.store(best + at, highest, mask=real)
+    tl.store(totals + at, total, mask=real)
+    mask = real[:, None] & (channels < HEAD_SIZE)[None, :]
+    tl.store(sums + at[:, None] * HEAD_SIZE + channels[None, :], output, mask=mask)
+
+
+def sparse_decode_attention(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    indices: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tail_start: torch.Tensor,
+    sink_tokens: int,
+    scale: float,
+    softcap: float,
+) -> None:
+    """See `ops.sparse_decode_attention`."""
+    rows, num_heads, head_size = query.shape
+    if not rows:
+        return
+    heads, num_indices = indices.shape[1:]
+    expected = sink_tokens + num_indices + _TAIL_TOKENS
+    parts = split_count(query.device, rows * heads, triton.cdiv(expected, _BLOCK_TOKENS), 4)
+    results = allocate_parts(query, parts)
+    _attend_gathered[(parts, heads, rows)](
+        *results,
+        query,
+        key_cache,
+        *key_cache.stride(),
+        value_cache,
+        *value_cache.stride(),
+        indices,
+        num_indices,
+        block_table,
+        block_table.stride(0),
+        seq_lens,
+        tail_start,
+        sink_tokens,
+        **score_factors(scale, softcap),
+        BLOCK_SIZE=key_cache.shape[2],
+        HEAD_SIZE=head_size,
+        CHANNELS=triton.next_power_of_2(head_size),
+        PER_HEAD=num_heads // heads,
+        ROWS=max(16, triton.next_power_of_2(num_heads // heads)),
+        TOKENS=_BLOCK_TOKENS,
+        num_warps=2,
+    )
+    merge(output, results)

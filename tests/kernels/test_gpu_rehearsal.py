@@ -1,0 +1,52 @@
+"""The script for GPU machines runs to its end without one, tiny and under the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vllm_tailorkv
+from vllm_tailorkv.kernels import cpu, dispatch
+
+ROOT = Path(vllm_tailorkv.__file__).parent.parent
+
+
+def test_rehearsal(tmp_path):
+    if cpu.unavailable():
+        pytest.skip("no C++ extension")
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        ["bash", ROOT / "benchmarks/gpu/run.sh", "--rehearse", tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    records = [json.loads(line) for line in (tmp_path / "ops.jsonl").read_text().splitlines()]
+    assert records[0]["rehearsal"]
+    measured = {record["op"].split()[0] for record in records if record["what"] == "op"}
+    assert measured >= set(dispatch.OPS)
+    layers = {record["layer"]: record["error"] for record in records if record["what"] == "layer"}
+    assert set(layers) == {"sparse onebit", "sparse channels", "dense 1 bit", "dense 2 bit"}
+    assert all(error < 1e-2 for error in layers.values())
+
+
+def test_kernels_and_their_tests_need_no_vllm():
+    code = (
+        "import sys; sys.modules['vllm'] = None; import pytest; "
+        f"sys.exit(pytest.main(['-q', '--collect-only', '-p', 'no:cacheprovider', "
+        f"{str(ROOT / 'tests/kernels')!r}]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -1,0 +1,39 @@
+"""Every Triton kernel compiles for GPUs that are not here; which spill registers is known."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import vllm_tailorkv
+
+ROOT = Path(vllm_tailorkv.__file__).parent.parent
+
+
+SPILLING = {("_attend_codes", "bfloat16 d256 G4 g128 b4 token_major")}
+"""Heads of 256 channels in groups of 128: no number of warps holds a group."""
+SPILLED_BYTES = 1024
+
+
+def test_spills(tmp_path):
+    path = tmp_path / "registers.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/gpu/registers.py", "--json", path],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    spilling = [record for record in records if record["spill_bytes"]]
+    assert {(record["kernel"], record["case"]) for record in spilling} <= SPILLING
+    assert all(record["spill_bytes"] <= SPILLED_BYTES for record in spilling)
+    compiled = {(record["kernel"], record["arch"]) for record in records}
+    sources = "".join(path.read_text() for path in (ROOT / "kernels/triton").glob("*.py"))
+    launched = set(re.findall(r"(_\w+)\[", sources)) & set(re.findall(r"def (_\w+)\(", sources))
+    assert launched
+    assert compiled == {(kernel, arch) for kernel in launched for arch in ("sm_80", "sm_90")}
