@@ -19,6 +19,7 @@ from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
 BLOCK_SIZE, GROUP_SIZE = 128, 64
 SINKS, RECENT, SELECTED, RESIDUAL, CHANNELS = 8, 56, 128, 128, 8
+CANDIDATES = 4 * SELECTED
 DTYPE = torch.bfloat16
 SCALE = HEAD_SIZE**-0.5
 ROW_BYTES = HEAD_SIZE * DTYPE.itemsize
@@ -134,6 +135,7 @@ class Request:
     tail_start: torch.Tensor
     num_quantized: torch.Tensor
     scores: torch.Tensor
+    candidates: torch.Tensor
     indices: torch.Tensor
 
     def arguments(self, pool: Pool) -> tuple[object, ...]:
@@ -164,6 +166,7 @@ def make_request(pool: Pool, context: int, batch: int) -> Request:
         tail,
         coded.int(),
         torch.full((batch, KV_HEADS, context), float("nan"), device=device),
+        torch.full((batch, KV_HEADS, CANDIDATES), -1, dtype=torch.int32, device=device),
         torch.full((batch, KV_HEADS, SELECTED), -1, dtype=torch.int32, device=device),
     )
 
@@ -186,7 +189,26 @@ def score(pool: Pool, request: Request) -> None:
 def select(request: Request) -> None:
     """`select_topk`."""
     function = find_op("select_topk", request.query.device).function
-    function(request.indices, request.scores, request.tail_start, SINKS)
+    function(request.candidates, request.scores, request.tail_start, SINKS)
+
+
+def ranked_channels(pool: Pool) -> int:
+    """Channels that `refine` reads: as the backend does, fewer where each is a cache line."""
+    return HEAD_SIZE if pool.layout.key_layout is KeyLayout.TOKEN_MAJOR else HEAD_SIZE * 3 // 8
+
+
+def refine(pool: Pool, request: Request) -> None:
+    """`refine_topk`."""
+    find_op("refine_topk", request.query.device).function(
+        request.indices,
+        request.candidates,
+        request.query,
+        pool.host.key,
+        request.block_table,
+        ranked_channels(pool),
+        SCALE,
+        0.0,
+    )
 
 
 def attend_sparse(pool: Pool, request: Request) -> None:
@@ -207,6 +229,7 @@ def run_sparse_layer(pool: Pool, request: Request) -> None:
     """All of a decode step's attention in a sparse layer."""
     score(pool, request)
     select(request)
+    refine(pool, request)
     attend_sparse(pool, request)
 
 

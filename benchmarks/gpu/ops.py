@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from layers import (
     BLOCK_SIZE,
+    CANDIDATES,
     CHANNELS,
     DTYPE,
     FULL_BYTES,
@@ -47,6 +48,8 @@ from layers import (
     make_host_bytes,
     make_pool,
     make_request,
+    ranked_channels,
+    refine,
     run_dense_layer,
     run_sparse_layer,
     score,
@@ -58,7 +61,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_tailorkv.cache.views import derived_pages
 from vllm_tailorkv.errors import TailorKVError
-from vllm_tailorkv.kernels import reference
+from vllm_tailorkv.kernels import cuda, reference
 from vllm_tailorkv.layout import DerivedKind, KeyLayout
 
 ROTATED_BYTES = 512 << 20
@@ -275,7 +278,8 @@ def measure_sparse(
     """The ops of a sparse layer, then the layer."""
     kind = pool.layout.kind.value
     requests = [make_request(pool, context, batch) for _ in range(run.turns)]
-    names = {op: find_op(op, run.device).name for op in ("score_tokens", "select_topk")}
+    used = ("score_tokens", "select_topk", "refine_topk")
+    names = {op: find_op(op, run.device).name for op in used}
     attend = find_op("sparse_decode_attention", run.device).name
     tokens = batch * context
     where = {"context": context, "batch": batch}
@@ -290,6 +294,9 @@ def measure_sparse(
     calls = [partial(select, r) for r in requests]
     size = tokens * KV_HEADS * 4
     write_op(run, floors, "select_topk", names["select_topk"], calls, hbm=size, **where)
+    calls = [partial(refine, pool, r) for r in requests]
+    size = batch * CANDIDATES * KV_HEADS * ranked_channels(pool) * DTYPE.itemsize
+    write_op(run, floors, f"refine_topk {kind}", names["refine_topk"], calls, pcie=size, **where)
     tail = context - 17 - int(requests[0].tail_start[0])
     size = batch * (SINKS + SELECTED + tail) * FULL_BYTES
     calls = [partial(attend_sparse, pool, r) for r in requests]
@@ -344,11 +351,8 @@ def write_layer(
 
 def measure_gather(run: Run, floors: Floors, pool: Pool, context: int) -> None:
     """The row gather of the CUDA ops, where they were built."""
-    try:
-        from vllm_tailorkv.kernels import cuda  # noqa: PLC0415
-    except ImportError:
-        return
-    if run.device.type == "cpu" or cuda.unavailable() is not None:
+    if reason := cuda.unavailable():
+        print(f"gather_rows is left out: {reason}", file=sys.stderr)
         return
     calls: list[Callable[[], object]] = []
     for _ in range(run.turns):

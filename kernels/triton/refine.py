@@ -14,6 +14,7 @@ from vllm_tailorkv.kernels.triton.attend import (
 from vllm_tailorkv.kernels.triton.launch import split_count
 
 _BLOCK_TOKENS = 16
+_BLOCK_PLACES = 512
 _SAMPLES = 16
 _MOST_CANDIDATES = 1 << 16
 """One program holds the weights of all: from 16384 on, it spills some of them."""
@@ -226,7 +227,9 @@ def refine_topk(
             **shape,
             CHANNELS=triton.next_power_of_2(head_size),
             SAMPLES=_SAMPLES,
-            PLACES=min(places, 1024),
+            PLACES=_BLOCK_PLACES,
+            # One warp holds the samples of 128 channels, and exchanges nothing with others.
+            num_warps=max(1, triton.next_power_of_2(head_size) // 128),
         )
     scores = torch.empty(
         (rows, num_heads, num_candidates), dtype=torch.float32, device=query.device

@@ -114,7 +114,8 @@ def context_of_scores(build_context, scores: torch.Tensor, **kwargs):
 
 KINDS = {
     "normal": lambda x: x,
-    "ties": lambda x: (x * 2).round(),  # -0.0 among them
+    "ties": lambda x: (x * 2).round(),
+    "vanishing": lambda x: x.sign() * 1e-45,  # 0.0 and -0.0, once scaled
     "negative": lambda x: -x.abs() - 1,
     "close": lambda x: 1 + (x * 50).round() * 2.0**-23,
     "equal": torch.zeros_like,
@@ -127,12 +128,12 @@ KINDS = {
 def test_one_head_is_exact(fast, build_context, kind, k):
     scores = KINDS[kind](torch.randn(2, 1100, generator=torch.Generator().manual_seed(3)))
     context = context_of_scores(build_context, scores)
-    query = torch.ones(1, 2, 64)
+    query, scale = torch.ones(1, 2, 64), 0.1 if kind == "vanishing" else 1.0
     candidates = candidates_of([1100], 2, 650)
     indices = torch.full((2, 1, 2, k), 12345, dtype=torch.int32)
     key, table = context.cache.host.key, context.block_table
     for function, result in zip((fast.refine_topk, reference.refine_topk), indices, strict=True):
-        function(result, candidates, query, key, table, 64, 1.0, 0.0)
+        function(result, candidates, query, key, table, 64, scale, 0.0)
     assert torch.equal(*indices)
 
 
