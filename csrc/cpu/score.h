@@ -121,6 +121,9 @@ inline void choose_channels(float* weight, int64_t d, int64_t count, int32_t* ch
   }
 }
 
+// Blocks whose channels are asked for ahead of the one at work.
+constexpr int64_t kBlocksAhead = 4;
+
 // Scores of tokens [begin, end) of one block.
 //   query: [Q, count], the values of the critical channels; scores: [end - begin]
 template <class T>
@@ -205,6 +208,20 @@ void find_channels(const ScoreChannels& op, int64_t count, int32_t* channels) {
   }
 }
 
+// Ask for the critical channels of one block: the runs are too short, and lie too far apart, for
+// the processor to foresee them. Into the second-level cache: more requests can wait there.
+template <class T>
+void prefetch_channels(const ScoreChannels& op, const T* key, const int32_t* channels,
+                       int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  if (op.key_cache.token != 1) return;
+  for (int64_t i = 0; i < count; ++i) {
+    const T* run = key + channels[i] * op.key_cache.channel;
+    for (int64_t t = 0; t < op.score.shape.block_size; t += kLine)
+      __builtin_prefetch(run + t, 0, 2);
+  }
+}
+
 template <class T>
 void score_critical(const ScoreChannels& op) {
   const ScoreTokens& score = op.score;
@@ -234,6 +251,10 @@ void score_critical(const ScoreChannels& op) {
     for (int64_t unit = task.begin + first_block; unit < task.end + first_block; ++unit) {
       const int64_t begin = larger(unit * bs, score.sink_tokens);
       const int64_t end = smaller((unit + 1) * bs, score.tail_start[task.row]);
+      const int64_t next = unit + kBlocksAhead;
+      if (next < task.end + first_block) {
+        prefetch_channels<T>(op, at<T>(op.key_cache, table[next], task.head, 0, 0), chosen, count);
+      }
       const T* key = at<T>(op.key_cache, table[unit], task.head, 0, 0);
       score_block<T>(op, key, chosen, count, query, begin - unit * bs, end - unit * bs,
                      out + begin);
