@@ -7,6 +7,8 @@ are larger together than the last-level cache, as the layers of a model are. For
 one line of JSON is printed (or written with `--json FILE`):
 
     layer, index, bits, context, batch, threads   what ran
+    rerank                                        candidates ranked again for every token kept;
+                                                  1 is no second ranking
     ms, baseline_ms, ratio                        medians; ratio = baseline_ms / ms
     parts                                         medians of the single ops, ms
     bytes_read, bandwidth_share                   of the pages; share of the read bandwidth
@@ -36,6 +38,7 @@ from vllm_tailorkv.layout import DerivedKind, PageLayout
 DTYPE = torch.bfloat16
 BLOCK_SIZE, GROUP_SIZE = 128, 64
 SINKS, RECENT, SELECTED, RESIDUAL, CHANNELS = 8, 56, 128, 128, 8
+RERANK, SAMPLES, LINE_BYTES = 4, 16, 64
 MIN_ROTATED_BYTES = 128 << 20
 MAX_PAGES_BYTES = 10 << 30
 
@@ -64,10 +67,13 @@ class Case:
     layer: str
     kind: DerivedKind
     bits: int
+    rerank: int = 1
 
 
 CASES = (
+    Case("sparse", DerivedKind.ONEBIT, 1, RERANK),
     Case("sparse", DerivedKind.ONEBIT, 1),
+    Case("sparse", DerivedKind.CHANNELS, 1, RERANK),
     Case("sparse", DerivedKind.CHANNELS, 1),
     Case("dense", DerivedKind.DENSE, 1),
     Case("dense", DerivedKind.DENSE, 2),
@@ -103,6 +109,8 @@ class Bench:
         self.num_quantized = torch.full((batch,), coded, dtype=torch.int32)
         self.scores = torch.empty(batch, shape.kv_heads, context)
         self.indices = torch.empty(batch, shape.kv_heads, SELECTED, dtype=torch.int32)
+        self.candidates = self.indices.new_empty(batch, shape.kv_heads, SELECTED * case.rerank)
+        self.ranked_channels = max(1, shape.head_size * 3 // 8)
         self.sets = self.make_sets()
         self.metadata = self.baseline_metadata()
 
@@ -144,15 +152,22 @@ class Bench:
         total = groups * sum(field.num_bytes for field in fields.values()) + exact * token
         if self.case.kind is DerivedKind.CHANNELS:
             total += groups * GROUP_SIZE * CHANNELS * 2
+        if self.case.rerank > 1:
+            # K is channel-major: an element costs a cache line.
+            rows = self.case.rerank * SELECTED * self.ranked_channels
+            rows += SAMPLES * (self.shape.head_size - self.ranked_channels)
+            total += rows * LINE_BYTES
         return total * self.shape.kv_heads * self.batch
 
     def steps(self) -> dict[str, Callable[[PageSet], None]]:
         """The ops of one step in order."""
         if self.case.layer == "dense":
             return {"quantized_decode_attention": self.attend_codes}
+        refine = {"refine_topk": self.refine} if self.case.rerank > 1 else {}
         return {
             "score_tokens": self.score,
             "select_topk": self.select,
+            **refine,
             "sparse_decode_attention": self.attend_selected,
         }
 
@@ -186,8 +201,21 @@ class Bench:
         )
 
     def select(self, _: PageSet) -> None:
-        """The best tokens of the scores."""
-        ops.select_topk(self.indices, self.scores, self.tail_start, sink_tokens=SINKS)
+        """The best tokens of the scores: the candidates where they are ranked again."""
+        best = self.candidates if self.case.rerank > 1 else self.indices
+        ops.select_topk(best, self.scores, self.tail_start, sink_tokens=SINKS)
+
+    def refine(self, pages: PageSet) -> None:
+        """The candidates that truly weigh most."""
+        ops.refine_topk(
+            self.indices,
+            self.candidates,
+            self.query,
+            pages.host.key,
+            pages.block_table,
+            channels=self.ranked_channels,
+            scale=self.scale,
+        )
 
     def attend_selected(self, pages: PageSet) -> None:
         """Exact attention over what was selected."""
@@ -329,6 +357,7 @@ def measure(bench: Bench, seconds: float, bandwidth: float) -> dict[str, Any]:
         "layer": bench.case.layer,
         "index": bench.case.kind.value if bench.case.layer == "sparse" else None,
         "bits": bench.case.bits,
+        "rerank": bench.case.rerank if bench.case.layer == "sparse" else None,
         "context": bench.context,
         "batch": bench.batch,
         "threads": torch.get_num_threads(),

@@ -121,6 +121,9 @@ inline void choose_channels(float* weight, int64_t d, int64_t count, int32_t* ch
   }
 }
 
+// Blocks, of one head each, whose channels are asked for ahead of the one at work.
+constexpr int64_t kKeysAhead = 4;
+
 // Scores of tokens [begin, end) of one block.
 //   query: [Q, count], the values of the critical channels; scores: [end - begin]
 template <class T>
@@ -129,19 +132,43 @@ void score_block(const ScoreChannels& op, const T* key, const int32_t* channels,
   const Cache& cache = op.key_cache;
   const int32_t queries = op.score.queries;
   if (cache.token == 1) {
-    for (int64_t t = begin; t < end; t += W) {
-      const int n = static_cast<int>(smaller(W, end - t));
-      for_heads(queries, [&](int q, auto heads) {
-        constexpr int N = decltype(heads)::value;
+    for_heads(queries, [&](int q, auto heads) {
+      constexpr int N = decltype(heads)::value;
+      constexpr int V = 4 / N;
+      auto keep_best = [&](int64_t t, F most, int n) {
+        float* to = scores + t - begin;
+        if (n == W) return store(to, q > 0 ? max(most, load(to)) : most);
+        store(to, q > 0 ? max(most, load(to, n)) : most, n);
+      };
+      int64_t t = begin;
+      for (; t + V * W <= end; t += V * W) {
+        F totals[N][V];
+        for (int h = 0; h < N; ++h) {
+          for (int j = 0; j < V; ++j) totals[h][j] = splat(0);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+          const T* from = key + channels[i] * cache.channel + t;
+          for (int h = 0; h < N; ++h) {
+            F x = splat(query[(q + h) * count + i]);
+            for (int j = 0; j < V; ++j) totals[h][j] = fma(load(from + j * W), x, totals[h][j]);
+          }
+        }
+        for (int j = 0; j < V; ++j) {
+          F most = totals[0][j];
+          for (int h = 1; h < N; ++h) most = max(most, totals[h][j]);
+          keep_best(t + j * W, most, W);
+        }
+      }
+      for (; t < end; t += W) {
+        const int n = static_cast<int>(smaller(W, end - t));
         F totals[N];
         score_columns<N>(key + t, cache.channel, channels, count, query + q * count, count, n,
                          totals);
         F most = totals[0];
-        for (int j = 1; j < N; ++j) most = max(most, totals[j]);
-        if (q > 0) most = max(most, load(scores + t - begin, n));
-        store(scores + t - begin, most, n);
-      });
-    }
+        for (int h = 1; h < N; ++h) most = max(most, totals[h]);
+        keep_best(t, most, n);
+      }
+    });
     return;
   }
   for (int64_t t = begin; t < end; ++t) {
@@ -158,6 +185,9 @@ void score_block(const ScoreChannels& op, const T* key, const int32_t* channels,
   }
 }
 
+// Records of absmax reduced before the maxima go back to memory.
+constexpr int64_t kRecords = 16;
+
 // Pick the critical channels of every row and KV head.
 //   channels: [R, Hk, count]
 template <class T>
@@ -172,12 +202,26 @@ void find_channels(const ScoreChannels& op, int64_t count, int32_t* channels) {
     const Task& task = tasks.data[i];
     float* most = partial + i * pitch;
     __builtin_memset(most, 0, static_cast<size_t>(pitch) * sizeof(float));
-    for (int64_t unit = task.begin; unit < task.end; ++unit) {
-      const T* absmax = at<T>(op.absmax, table_of(score, task.row)[unit / per_block], task.head,
-                              unit % per_block);
-      for (int64_t c = 0; c < d; c += W) {
-        F x = c + W <= d ? load(absmax + c) : load(absmax + c, static_cast<int>(d - c));
-        store(most + c, max(load(most + c), x));
+    const T* records[kRecords];
+    for (int64_t unit = task.begin; unit < task.end;) {
+      int64_t n = 0;
+      for (; n < kRecords && unit < task.end; ++n, ++unit) {
+        records[n] = at<T>(op.absmax, table_of(score, task.row)[unit / per_block], task.head,
+                           unit % per_block);
+      }
+      for_heads(static_cast<int>(d / W), [&](int first_vector, auto vectors) {
+        constexpr int N = decltype(vectors)::value;
+        const int64_t c = first_vector * W;
+        F x[N];
+        for (int j = 0; j < N; ++j) x[j] = load(most + c + j * W);
+        for (int64_t r = 0; r < n; ++r) {
+          for (int j = 0; j < N; ++j) x[j] = max(x[j], load(records[r] + c + j * W));
+        }
+        for (int j = 0; j < N; ++j) store(most + c + j * W, x[j]);
+      });
+      const int64_t c = d / W * W;
+      for (int64_t r = 0; c < d && r < n; ++r) {
+        store(most + c, max(load(most + c), load(records[r] + c, static_cast<int>(d - c))));
       }
     }
   });
@@ -205,6 +249,20 @@ void find_channels(const ScoreChannels& op, int64_t count, int32_t* channels) {
   }
 }
 
+// Ask for the critical channels of one block: the runs are too short, and lie too far apart, for
+// the processor to foresee them. Into the second-level cache: more requests can wait there.
+template <class T>
+void prefetch_channels(const ScoreChannels& op, const T* key, const int32_t* channels,
+                       int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  if (op.key_cache.token != 1) return;
+  for (int64_t i = 0; i < count; ++i) {
+    const T* run = key + channels[i] * op.key_cache.channel;
+    for (int64_t t = 0; t < op.score.shape.block_size; t += kLine)
+      __builtin_prefetch(run + t, 0, 2);
+  }
+}
+
 template <class T>
 void score_critical(const ScoreChannels& op) {
   const ScoreTokens& score = op.score;
@@ -213,30 +271,37 @@ void score_critical(const ScoreChannels& op) {
   const int64_t count = smaller(op.critical_channels, d);
   int32_t* channels = take<int32_t>(pairs * count);
   find_channels<T>(op, count, channels);
+  const int64_t pair_size = score.queries * count;
+  float* queries = take<float>(pairs * pair_size);
+  for (int64_t i = 0; i < pairs * score.queries; ++i) {
+    const int32_t* chosen = channels + i / score.queries * count;
+    for (int64_t j = 0; j < count; ++j) queries[i * count + j] = score.query[i * d + chosen[j]];
+  }
+  // A block's heads lie side by side, so a task takes them all, block by block.
   const int64_t first_block = score.sink_tokens / bs;
-  Tasks tasks = cut(score.rows, score.shape.kv_heads, 4, INT32_MAX, [&](int32_t row) {
+  Tasks tasks = cut(score.rows, 1, ceil_div(4, heads), INT32_MAX, [&](int32_t row) {
     return larger(0, ceil_div(score.tail_start[row], bs) - first_block);
   });
-  const int64_t thread_size = score.queries * count;
-  float* scratch = take<float>(thread_size * num_threads());
   parallel_for(tasks.count, [&](int64_t i) {
     const Task& task = tasks.data[i];
-    const int64_t pair = task.row * heads + task.head;
-    const int32_t* chosen = channels + pair * count;
-    float* query = scratch + thread_size * omp_get_thread_num();
-    for (int64_t q = 0; q < score.queries; ++q) {
-      for (int64_t j = 0; j < count; ++j) {
-        query[q * count + j] = score.query[(pair * score.queries + q) * d + chosen[j]];
+    const int32_t* table = table_of(score, task.row) + first_block;
+    const int64_t end_unit = task.end * heads;
+    auto key_at = [&](int64_t unit) {
+      return at<T>(op.key_cache, table[unit / heads], unit % heads, 0, 0);
+    };
+    for (int64_t unit = task.begin * heads; unit < end_unit; ++unit) {
+      const int64_t head = unit % heads, first_token = (first_block + unit / heads) * bs;
+      const int64_t pair = task.row * heads + head;
+      if (unit + kKeysAhead < end_unit) {
+        prefetch_channels<T>(op, key_at(unit + kKeysAhead),
+                             channels + (task.row * heads + (unit + kKeysAhead) % heads) * count,
+                             count);
       }
-    }
-    const int32_t* table = table_of(score, task.row);
-    float* out = scores_of(score, task.row, task.head);
-    for (int64_t unit = task.begin + first_block; unit < task.end + first_block; ++unit) {
-      const int64_t begin = larger(unit * bs, score.sink_tokens);
-      const int64_t end = smaller((unit + 1) * bs, score.tail_start[task.row]);
-      const T* key = at<T>(op.key_cache, table[unit], task.head, 0, 0);
-      score_block<T>(op, key, chosen, count, query, begin - unit * bs, end - unit * bs,
-                     out + begin);
+      const int64_t begin = larger(first_token, score.sink_tokens);
+      const int64_t end = smaller(first_token + bs, score.tail_start[task.row]);
+      score_block<T>(op, key_at(unit), channels + pair * count, count, queries + pair * pair_size,
+                     begin - first_token, end - first_token,
+                     scores_of(score, task.row, head) + begin);
     }
   });
 }
