@@ -375,7 +375,7 @@ def measure_preference(run: Run) -> None:
     times = []
     for _ in range(run.turns):
         start = time.perf_counter()
-        op.function(query, key, 0.05, SCALE).sum().item()
+        op.function(query, key, 0.05, SCALE, 0.0).sum().item()
         times.append(time.perf_counter() - start)
     run.write(what="op", op="dense_preference", by=op.name, context=length, ms=1e3 * min(times))
 
