@@ -41,6 +41,17 @@ def test_context_has_the_length_asked_for(name):
     assert 4000 <= sum(map(count, example.context.splitlines(keepends=True))) + questions <= 5100
 
 
+@pytest.mark.parametrize("name", ["common_words", "frequent_words"])
+@pytest.mark.parametrize("seed", range(8))
+def test_lists_of_words_are_about_as_long_as_asked_for(name, seed):
+    """Few different words make the frequent text, so its length varies with theirs."""
+    words = source(seed)
+    counted = Source(words.rng, words.lines, lambda piece: len(piece.encode()) - piece.count("e"))
+    example = TASKS[name].make(counted, 20_000, 1)
+    length = sum(map(counted.count_tokens, example.context.splitlines(keepends=True)))
+    assert 10_000 <= length <= 21_000
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_same_seed_same_example(name):
     assert TASKS[name].make(source(4), 1000, 1) == TASKS[name].make(source(4), 1000, 1)

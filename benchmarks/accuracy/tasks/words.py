@@ -47,7 +47,11 @@ class FrequentWords:
         del num_turns
         pool = source.rng.sample(words(), 200)
         weights = [1 / (rank + 1) ** self.alpha for rank in range(len(pool))]
-        per_word = source.count_tokens(" ".join(pool)) / len(pool) + 0.1
+        # The first words are most of the text: their own lengths count.
+        costs = [
+            weight * source.count_tokens(f" {w}") for w, weight in zip(pool, weights, strict=True)
+        ]
+        per_word = 1.05 * sum(costs) / sum(weights) + 0.1
         drawn = source.rng.choices(pool, weights, k=int((num_tokens - 40) / per_word))
         rows = [drawn[i : i + 10] for i in range(0, len(drawn), 10)]
         context = "".join(f"{' '.join(row)}\n" for row in rows)
