@@ -28,7 +28,7 @@ def shares(report, length="4096"):
 
 
 def test_model_solves_tasks_with_full_attention(report):
-    assert len(report["counting_tasks"]["4096"]) >= 6
+    assert len(report["counting_tasks"]["4096"]) >= 4
 
 
 def test_ours_keeps_the_score_and_a_blind_method_does_not(report):
