@@ -66,7 +66,9 @@ def main() -> None:
         for length in args.lengths
         for task in args.tasks
     ]
-    report = Report({k: str(v) for k, v in vars(args).items()}, methods)
+    left_out = {"json", "plot", "list", "model"}
+    arguments = {k: str(v) for k, v in vars(args).items() if k not in left_out}
+    report = Report(arguments | {"model": args.model.name}, methods)
     texts = [held_out(encoder, max(args.lengths), args.seed + i) for i in range(args.samples)]
     console.print(f"model {args.model}: {num_layers} layers, {len(methods)} methods")
 
