@@ -1,13 +1,15 @@
 """How much quality a way of reading the KV cache costs: tasks, text and attention, side by side.
 
     python benchmarks/accuracy.py --quick
-    python benchmarks/accuracy.py --lengths 16384 --methods full,tailorkv,paper,oracle,quest
+    python benchmarks/accuracy.py --lengths 16384 --methods full tailorkv paper oracle quest
     python benchmarks/accuracy.py --model PATH --tasks multikey_2,copy --lengths 4096,16384 \\
         --methods full 'tailorkv:index=onebit,budget=1024' --json out.json --plot out.png
 
 A question, like everything after the context, is read by decode steps, so the method at hand
-serves it. Every context is read once an engine (prefix caching); methods that differ in nothing
-that lies in the cache share one. Method names and options: `--list`.
+serves it. `--answers written` lets the model write the answers; `given` forces the right ones and
+counts the tokens that it would have written, for models too small to finish a list. Every context
+is read once an engine (prefix caching); methods that differ in nothing that lies in the cache
+share one. Method names and options: `--list`.
 """
 
 import argparse
@@ -24,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from accuracy.attention_level import observed
 from accuracy.engine import start
-from accuracy.evaluate import Cell, make_cell, run_cell
+from accuracy.evaluate import ANSWERS, WRITTEN, Cell, make_cell, run_cell
 from accuracy.methods import FULL, METHODS, Method, parse_method, selectors_of
 from accuracy.report import Report, write_json
 from accuracy.tasks import TASKS
@@ -40,6 +42,7 @@ QUICK = {
     "samples": 1,
     "turns": 2,
     "text_steps": 64,
+    "answers": list(ANSWERS),
 }
 _STANDARD = [FULL, "tailorkv", "paper", "oracle", "quest", "streaming_llm", "snapkv"]
 _TEXT_STRETCH = 32
@@ -62,9 +65,10 @@ def main() -> None:
         raise SystemExit(f"accuracy.py: {error}") from None
     encoder = AutoTokenizer.from_pretrained(args.model).backend_tokenizer
     cells = [
-        make_cell(encoder, task, length, args.samples, args.turns, args.seed)
+        make_cell(encoder, task, length, args.samples, args.turns, args.seed, answers)
         for length in args.lengths
         for task in args.tasks
+        for answers in args.answers
     ]
     left_out = {"json", "plot", "list", "model"}
     arguments = {k: str(v) for k, v in vars(args).items() if k not in left_out}
@@ -131,6 +135,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=_STANDARD, metavar="METHOD")
     parser.add_argument("--tasks", type=_names, default=list(TASKS), help="default: all")
     parser.add_argument("--lengths", type=_numbers, default=[16384], help="tokens of a context")
+    parser.add_argument(
+        "--answers", nargs="+", choices=ANSWERS, default=[WRITTEN], help="who writes the answers"
+    )
     parser.add_argument("--samples", type=int, default=2, help="contexts a task and length")
     parser.add_argument("--turns", type=int, default=4, help="questions a context")
     parser.add_argument("--seed", type=int, default=0)

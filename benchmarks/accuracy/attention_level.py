@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accuracy.engine import Engine
-from accuracy.policies import Oracle, context_of
+from accuracy.policies import Oracle, Policy, context_of
 from vllm_tailorkv.attention.metadata import DecodeRows
 from vllm_tailorkv.attention.selection import Layer, Selector
 
@@ -36,13 +36,19 @@ class _Observer:
     def __init__(self, inner: Selector) -> None:
         self.inner = inner
         self.stateful = getattr(inner, "stateful", False)
-        self.restart = getattr(inner, "restart", None)
+        self.oracle = Oracle()
         self.seen: dict[str, list[float]] = defaultdict(list)
+
+    def restart(self, question_tokens: int) -> None:
+        """See `Policy.restart`."""
+        self.oracle.restart(question_tokens)
+        if isinstance(self.inner, Policy):
+            self.inner.restart(question_tokens)
 
     def __call__(self, query: Tensor, layer: Layer, rows: DecodeRows) -> Tensor:
         """See `Selector`."""
         indices = self.inner(query, layer, rows)
-        truth = Oracle()(query, layer, rows)
+        truth = self.oracle(query, layer, rows)
         host, config = layer.pages.host, layer.config
         for row, (length, tail) in enumerate(
             zip(rows.seq_lens.tolist(), rows.boundary.tolist(), strict=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from vllm import LLM, SamplingParams
+from vllm.outputs import CompletionOutput
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from vllm_tailorkv.attention.impl import TailorKVImpl
@@ -50,10 +51,15 @@ class ScriptedTokens(AdapterLogitsProcessor):
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a request wrote: token ids and, where asked for, their log-likelihood before forcing."""
+    """What a request wrote: token ids and, where asked for, what the model thought of them.
+
+    logprobs: log-likelihood before forcing.
+    ranks: place among all tokens by likelihood; 1 is what the model would have written.
+    """
 
     ids: list[int]
     logprobs: list[float]
+    ranks: list[int]
 
 
 class Engine:
@@ -111,18 +117,7 @@ class Engine:
             ],
             use_tqdm=False,
         )
-        return [
-            Decoded(
-                list(output.outputs[0].token_ids),
-                [
-                    step[token].logprob
-                    for step, token in zip(
-                        output.outputs[0].logprobs or (), output.outputs[0].token_ids, strict=False
-                    )
-                ],
-            )
-            for output in outputs
-        ]
+        return [_decoded(output.outputs[0]) for output in outputs]
 
     @property
     def one_at_a_time(self) -> bool:
@@ -130,10 +125,10 @@ class Engine:
         return any(getattr(impl.selector, "stateful", False) for impl in self.sparse_impls)
 
     def restart(self, question_tokens: int) -> None:
-        """Tell policies that remember that a request begins."""
+        """Tell policies that remember anything that requests begin."""
         for impl in self.sparse_impls:
             selector: Any = impl.selector
-            if getattr(selector, "stateful", False):
+            if hasattr(selector, "restart"):
                 selector.restart(question_tokens)
 
     def read(self, context: list[int]) -> None:
@@ -149,6 +144,12 @@ class Engine:
             host += layout.host_bytes / layout.block_size
             derived += layout.derived_bytes / layout.block_size
         return {"host": host, "derived": derived}
+
+
+def _decoded(output: CompletionOutput) -> Decoded:
+    ids = list(output.token_ids)
+    seen = [step[token] for step, token in zip(output.logprobs or (), ids, strict=False)]
+    return Decoded(ids, [x.logprob for x in seen], [x.rank or 0 for x in seen])
 
 
 @contextmanager

@@ -7,12 +7,23 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from accuracy import text
-from accuracy.engine import FREE, Engine
+from accuracy.engine import FREE, Decoded, Engine
 from accuracy.methods import Method
-from accuracy.tasks import TASKS, Example, Source
+from accuracy.tasks import TASKS, Example, Source, Turn
 
 _SPARE_TOKENS = 4
 """Tokens that an answer may be longer than the right one."""
+
+
+WRITTEN, GIVEN = "written", "given"
+ANSWERS = (WRITTEN, GIVEN)
+"""Who writes an answer.
+
+WRITTEN: the model, and what it wrote must hold the references (RULER's string match). GIVEN: the
+right answer is forced, token by token, and the share of its references' tokens that the model would
+have written is counted. So a model that loses its way in a list still tells which look-ups a method
+served.
+"""
 
 
 @dataclass(frozen=True)
@@ -21,16 +32,23 @@ class Cell:
 
     task: str
     length: int
+    answers: str
     contexts: tuple["Tokens", ...]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """An example as tokens: a script and the questions' lengths for each request."""
+    """An example as tokens: a script for each request.
+
+    question_tokens: of the (first) question of each script.
+    asked: where in the scripts, one after the other, the references of each turn stand.
+    """
 
     example: Example
     context: list[int]
     scripts: tuple[list[int], ...]
+    question_tokens: tuple[int, ...]
+    asked: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -40,6 +58,7 @@ class Score:
     method: str
     task: str
     length: int
+    answers: str
     values: tuple[float, ...]
 
     @property
@@ -49,7 +68,13 @@ class Score:
 
 
 def make_cell(
-    encoder: Tokenizer, task: str, length: int, samples: int, turns: int, seed: int
+    encoder: Tokenizer,
+    task: str,
+    length: int,
+    samples: int,
+    turns: int,
+    seed: int,
+    answers: str,
 ) -> Cell:
     """`samples` contexts of `length` tokens with `turns` questions each."""
     contexts = []
@@ -61,24 +86,34 @@ def make_cell(
             lambda piece: len(_encode(encoder, piece)),
         )
         example = TASKS[task].make(source, length, turns)
-        contexts.append(
-            Tokens(
-                example, _encode(encoder, example.context), tuple(_scripts(encoder, task, example))
-            )
-        )
-    return Cell(task, length, tuple(contexts))
+        contexts.append(_tokens(encoder, task, example, answers))
+    return Cell(task, length, answers, tuple(contexts))
 
 
-def _scripts(encoder: Tokenizer, task: str, example: Example) -> Iterator[list[int]]:
-    """Questions as forced tokens, answers as free ones; one conversation, or one each."""
-    parts = []
+def _tokens(encoder: Tokenizer, task: str, example: Example, answers: str) -> Tokens:
+    """Questions as forced tokens, answers as free or forced ones; one conversation, or one each."""
+    parts, lengths, asked, begin = [], [], [], 0
     for turn in example.turns:
-        answer = len(_encode(encoder, turn.answer)) + _SPARE_TOKENS
-        parts.append(_encode(encoder, turn.question) + [FREE] * answer)
+        question = _encode(encoder, turn.question)
+        answer = encoder.encode(turn.answer, add_special_tokens=False)
+        begin += len(question)
+        lengths.append(len(question))
+        asked.append(tuple(begin + i for i in _of_references(turn, answer.offsets)))
+        free = [FREE] * (len(answer.ids) + _SPARE_TOKENS)
+        parts.append(question + (free if answers == WRITTEN else answer.ids))
+        begin += len(parts[-1]) - len(question)
     if TASKS[task].conversation:
-        yield [token for part in parts for token in part]
-    else:
-        yield from parts
+        parts, lengths = [[token for part in parts for token in part]], lengths[:1]
+    context = _encode(encoder, example.context)
+    return Tokens(example, context, tuple(parts), tuple(lengths), tuple(asked))
+
+
+def _of_references(turn: Turn, offsets: list[tuple[int, int]]) -> Iterator[int]:
+    """Tokens of the answer, by their places in it, that share a character with a reference."""
+    found = [(turn.answer.find(reference), len(reference)) for reference in turn.references]
+    for i, (begin, end) in enumerate(offsets):
+        if any(begin < at + size and at < end for at, size in found):
+            yield i
 
 
 def run_cell(
@@ -87,17 +122,24 @@ def run_cell(
     """Asks every question of a cell. The engine serves `method` already."""
     values: list[float] = []
     for tokens in cell.contexts:
-        scripts_of = list(tokens.scripts)
-        batches = [[s] for s in scripts_of] if engine.one_at_a_time else [scripts_of]
+        scripts = list(tokens.scripts)
+        together = 1 if engine.one_at_a_time else len(scripts)
+        outputs: list[Decoded] = []
+        for first in range(0, len(scripts), together):
+            engine.restart(tokens.question_tokens[first])
+            batch = scripts[first : first + together]
+            outputs += engine.decode(tokens.context, batch, logprobs=cell.answers == GIVEN)
+        if cell.answers == GIVEN:
+            ranks = [rank for output in outputs for rank in output.ranks]
+            values += [sum(ranks[i] == 1 for i in asked) / len(asked) for asked in tokens.asked]
+            continue
         written: list[str] = []
-        for scripts in batches:
-            engine.restart(scripts[0].index(FREE))
-            for script, output in zip(scripts, engine.decode(tokens.context, scripts), strict=True):
-                written += _answers(script, output.ids, decode)
+        for script, output in zip(scripts, outputs, strict=True):
+            written += _answers(script, output.ids, decode)
         values += [
             turn.score(answer) for turn, answer in zip(tokens.example.turns, written, strict=True)
         ]
-    return Score(method.name, cell.task, cell.length, tuple(values))
+    return Score(method.name, cell.task, cell.length, cell.answers, tuple(values))
 
 
 def _answers(script: list[int], ids: list[int], decode: Callable[[list[int]], str]) -> list[str]:

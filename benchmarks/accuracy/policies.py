@@ -5,7 +5,7 @@ are then attended exactly by the same op as ours. They serve comparison only.
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,10 @@ def as_indices(chosen: list[Tensor]) -> Tensor:
 
 
 class Policy:
-    """One layer's policy. Subclasses choose among the middle tokens of one row at a time."""
+    """One layer's policy. Subclasses choose among the middle tokens of one row at a time.
+
+    The middle of a row is read from the pages once for as long as it stays the same.
+    """
 
     stateful: ClassVar[bool] = False
     """It remembers what it saw of a request: requests come one at a time, each announced."""
@@ -44,24 +47,44 @@ class Policy:
     scale: float
     """Factor on q.k before the softmax."""
 
-    def __call__(self, query: Tensor, layer: Layer, rows: DecodeRows) -> Tensor:
-        """See `Selector`."""
-        config, host = layer.config, layer.pages.host
-        self.scale = layer.scale
-        chosen = []
-        for row, end in enumerate(rows.boundary.tolist()):
-            key = context_of(host.key, rows.block_table[row], end)[:, config.sink_tokens :]
-            grouped = query[row].float().unflatten(0, (key.shape[0], -1))
-            count = min(config.topk_tokens, key.shape[1])
-            positions = self.choose(grouped, key, count)
-            none = positions >= key.shape[1]
-            chosen.append((positions + config.sink_tokens).masked_fill(none, -1))
-        return as_indices(chosen)
+    def __init__(self) -> None:
+        self.restart(1)
 
     def restart(self, question_tokens: int) -> None:
-        """A new request begins, whose first steps are a question of so many tokens."""
+        """New requests begin, whose first steps are a question of so many tokens."""
+        del question_tokens
+        self._middles: dict[tuple[int, ...], tuple[Tensor, Any]] = {}
 
-    def choose(self, query: Tensor, key: Tensor, count: int) -> Tensor:
+    def __call__(self, query: Tensor, layer: Layer, rows: DecodeRows) -> Tensor:
+        """See `Selector`."""
+        self.scale = layer.scale
+        sinks = layer.config.sink_tokens
+        chosen, middles = [], {}
+        for row, end in enumerate(rows.boundary.tolist()):
+            place = self._place(layer, rows.block_table[row], end)
+            middle = self._middles.get(place)
+            if middle is None:
+                key = context_of(layer.pages.host.key, rows.block_table[row], end)[:, sinks:]
+                middle = key, self.prepare(key)
+            middles[place] = middle
+            key, prepared = middle
+            grouped = query[row].float().unflatten(0, (key.shape[0], -1))
+            count = min(layer.config.topk_tokens, key.shape[1])
+            positions = self.choose(grouped, key, count, prepared)
+            none = positions >= key.shape[1]
+            chosen.append((positions + sinks).masked_fill(none, -1))
+        self._middles = middles
+        return as_indices(chosen)
+
+    @staticmethod
+    def _place(layer: Layer, block_table: Tensor, end: int) -> tuple[int, ...]:
+        blocks = -(-end // layer.pages.host.key.shape[2])
+        return (end, *block_table[:blocks].tolist())
+
+    def prepare(self, key: Tensor) -> Any:
+        """What `choose` needs of key [Hk, n, d] whatever the query."""
+
+    def choose(self, query: Tensor, key: Tensor, count: int, prepared: Any) -> Tensor:
         """`count` of n tokens: query [Hk, G, d], key [Hk, n, d] to int [Hk, count].
 
         Positions from n on stand for none.
@@ -77,7 +100,7 @@ class Policy:
 class Oracle(Policy):
     """The tokens that truly weigh most: what a budget allows."""
 
-    def choose(self, query: Tensor, key: Tensor, count: int) -> Tensor:
+    def choose(self, query: Tensor, key: Tensor, count: int, prepared: Any) -> Tensor:
         """See `Policy.choose`."""
         return self.weights(query, key).topk(count, dim=-1).indices
 
@@ -85,7 +108,7 @@ class Oracle(Policy):
 class StreamingLLM(Policy):
     """Sinks and a longer recent window, nothing between (arXiv 2309.17453)."""
 
-    def choose(self, query: Tensor, key: Tensor, count: int) -> Tensor:
+    def choose(self, query: Tensor, key: Tensor, count: int, prepared: Any) -> Tensor:
         """See `Policy.choose`."""
         return torch.arange(key.shape[1] - count, key.shape[1]).expand(key.shape[0], -1)
 
@@ -95,14 +118,17 @@ class Quest(Policy):
 
     page = 16
 
-    def choose(self, query: Tensor, key: Tensor, count: int) -> Tensor:
-        """See `Policy.choose`."""
-        length = key.shape[1]
-        padding = -length % self.page
+    def prepare(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """The extremes of each channel in each page: twice [Hk, pages, d]."""
+        padding = -key.shape[1] % self.page
         low = torch.nn.functional.pad(key, (0, 0, 0, padding), value=float("inf"))
         high = torch.nn.functional.pad(key, (0, 0, 0, padding), value=float("-inf"))
         low = low.unflatten(1, (-1, self.page)).amin(2)
-        high = high.unflatten(1, (-1, self.page)).amax(2)
+        return low, high.unflatten(1, (-1, self.page)).amax(2)
+
+    def choose(self, query: Tensor, key: Tensor, count: int, prepared: Any) -> Tensor:
+        """See `Policy.choose`."""
+        low, high = prepared
         bound = torch.maximum(query[:, :, None] * low[:, None], query[:, :, None] * high[:, None])
         bound = (bound.sum(-1) * self.scale).amax(1)
         pages = bound.topk(min(max(1, count // self.page), bound.shape[1]), dim=-1).indices
@@ -119,17 +145,15 @@ class SnapKV(Policy):
     stateful = True
     pooling = 7
 
-    def __init__(self) -> None:
-        self.restart(1)
-
     def restart(self, question_tokens: int) -> None:
         """See `Policy.restart`."""
+        super().restart(question_tokens)
         self._left, self._votes, self._kept = question_tokens, None, None
 
     _votes: Tensor | None
     _kept: Tensor | None
 
-    def choose(self, query: Tensor, key: Tensor, count: int) -> Tensor:
+    def choose(self, query: Tensor, key: Tensor, count: int, prepared: Any) -> Tensor:
         """See `Policy.choose`."""
         heads, length, _ = key.shape
         if self._left > 0:
@@ -158,10 +182,11 @@ class DoubleSparsity(Policy):
     calibration = 16
 
     def __init__(self) -> None:
+        super().__init__()
         self._total: Tensor | None = None
         self._steps = 0
 
-    def choose(self, query: Tensor, key: Tensor, count: int) -> Tensor:
+    def choose(self, query: Tensor, key: Tensor, count: int, prepared: Any) -> Tensor:
         """See `Policy.choose`."""
         if self._steps < self.calibration:
             weight = (query.abs().sum(1)[:, None] * key.abs()).mean(1)

@@ -17,12 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 from accuracy.attention_level import LayerQuality
-from accuracy.evaluate import Score
+from accuracy.evaluate import GIVEN, Score
 from accuracy.methods import FULL, Method
 from accuracy.text_quality import Likelihood
 
 COUNTS_FROM = 0.9
 """A task counts where full attention reaches this score: else it tells nothing of a method."""
+
+
+Group = tuple[int, str]
+"""A length, and who writes the answers: what a table is of."""
 
 
 @dataclass
@@ -37,33 +41,37 @@ class Report:
     bytes_per_token: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def score(self, method: str, task: str, length: int) -> float | None:
-        """The mean of one cell, None if it was not run."""
-        for score in self.scores:
-            if (score.method, score.task, score.length) == (method, task, length):
-                return score.mean
-        return None
+    @property
+    def groups(self) -> list[Group]:
+        """In order of length."""
+        return sorted({(score.length, score.answers) for score in self.scores})
 
-    def counting(self, length: int) -> list[str]:
-        """The tasks that the model solves with full attention at this length."""
-        return [
-            score.task
-            for score in self.scores
-            if score.method == FULL and score.length == length and score.mean >= COUNTS_FROM
-        ]
+    def of_group(self, group: Group) -> dict[tuple[str, str], float]:
+        """Means by method and task."""
+        return {(x.method, x.task): x.mean for x in self.scores if (x.length, x.answers) == group}
 
-    def share_of_full(self, method: str, length: int) -> float | None:
+    def counting(self, group: Group) -> list[str]:
+        """The tasks that the model solves with full attention."""
+        cells = self.of_group(group)
+        return [task for (m, task), mean in cells.items() if m == FULL and mean >= COUNTS_FROM]
+
+    def share_of_full(self, method: str, group: Group) -> float | None:
         """The mean over the tasks that count, as a share of full attention's."""
-        tasks = self.counting(length)
-        ours = [self.score(method, task, length) for task in tasks]
-        if not tasks or None in ours:
+        cells, tasks = self.of_group(group), self.counting(group)
+        if not tasks or any((method, task) not in cells for task in tasks):
             return None
-        full = [self.score(FULL, task, length) or 0.0 for task in tasks]
-        return sum(x or 0.0 for x in ours) / sum(full)
+        return sum(cells[method, t] for t in tasks) / sum(cells[FULL, t] for t in tasks)
+
+    def worst_task(self, method: str, group: Group) -> float | None:
+        """The lowest share of full attention's score among the tasks that count."""
+        cells, tasks = self.of_group(group), self.counting(group)
+        if not tasks or any((method, task) not in cells for task in tasks):
+            return None
+        return min(cells[method, t] / cells[FULL, t] for t in tasks)
 
     def as_json(self) -> dict[str, Any]:
         """What is written to a file: plain values."""
-        lengths = sorted({score.length for score in self.scores})
+        groups = self.groups
         return {
             "revision": _revision(),
             "versions": {name: version(name) for name in ("vllm", "torch", "transformers")},
@@ -77,11 +85,12 @@ class Report:
                     "config": method.config.model_dump(mode="json") if method.config else None,
                     "bytes_per_token": self.bytes_per_token.get(method.name),
                     "seconds": self.seconds.get(method.name),
-                    "share_of_full": {n: self.share_of_full(method.name, n) for n in lengths},
+                    "share_of_full": {_name(g): self.share_of_full(method.name, g) for g in groups},
+                    "worst_task": {_name(g): self.worst_task(method.name, g) for g in groups},
                 }
                 for method in self.methods
             ],
-            "counting_tasks": {length: self.counting(length) for length in lengths},
+            "counting_tasks": {_name(g): self.counting(g) for g in groups},
             "scores": [asdict(score) | {"mean": score.mean} for score in self.scores],
             "likelihoods": [asdict(x) | {"mean": x.mean} for x in self.likelihoods],
             "layers": [asdict(layer) for layer in self.layers],
@@ -89,8 +98,8 @@ class Report:
 
     def print(self, console: Console) -> None:
         """Tables: tasks by method for each length, text, layers."""
-        for length in sorted({score.length for score in self.scores}):
-            self._print_tasks(console, length)
+        for group in self.groups:
+            self._print_tasks(console, group)
         if self.likelihoods:
             table = Table("method", "nats a token", "against full", title="Held-out text")
             full = next((x.mean for x in self.likelihoods if x.method == FULL), None)
@@ -108,40 +117,39 @@ class Report:
                 )
             console.print(table)
 
-    def _print_tasks(self, console: Console, length: int) -> None:
-        tasks = list(dict.fromkeys(s.task for s in self.scores if s.length == length))
-        counting = self.counting(length)
-        table = Table("method", "budget", title=f"{length:,} tokens; in bold the tasks that count")
+    def _print_tasks(self, console: Console, group: Group) -> None:
+        cells, counting = self.of_group(group), self.counting(group)
+        tasks = list(dict.fromkeys(task for _, task in cells))
+        title = f"{group[0]:,} tokens, answers {group[1]}; in bold the tasks that count"
+        table = Table("method", "budget", title=title)
         for task in tasks:
             name = task.replace("_", "\n")
             table.add_column(f"[bold]{name}[/]" if task in counting else f"[dim]{name}[/]")
-        table.add_column("of full")
+        table.add_column("of\nfull")
+        table.add_column("worst\ntask")
         for method in self.methods:
-            cells = [self.score(method.name, task, length) for task in tasks]
-            if all(cell is None for cell in cells):
-                continue
-            share = self.share_of_full(method.name, length)
-            budget = "" if method.config is None else str(method.config.budget_tokens)
+            row = [cells.get((method.name, task)) for task in tasks]
+            shares = self.share_of_full(method.name, group), self.worst_task(method.name, group)
             table.add_row(
                 method.name,
-                budget,
-                *("" if cell is None else f"{100 * cell:.0f}" for cell in cells),
-                "" if share is None else f"{share:.1%}",
+                "" if method.config is None else str(method.config.budget_tokens),
+                *("" if cell is None else f"{100 * cell:.0f}" for cell in row),
+                *("" if share is None else f"{share:.1%}" for share in shares),
             )
         console.print(table)
 
     def plot(self, path: Path) -> None:
         """Bars of the share of full attention's score, and likelihood along the text."""
-        lengths = sorted({score.length for score in self.scores})
-        panels = bool(lengths) + bool(self.likelihoods)
+        groups = self.groups
+        panels = bool(groups) + bool(self.likelihoods)
         if not panels:
             return
         names = [method.name for method in self.methods]
         height = max(3.0, 0.32 * len(names) + 1.2)
         figure, axes = plt.subplots(1, panels, figsize=(8 * panels, height), squeeze=False)
         remaining = list(axes[0])
-        if lengths:
-            self._plot_shares(remaining.pop(0), names, lengths)
+        if groups:
+            self._plot_shares(remaining.pop(0), names, groups)
         if self.likelihoods:
             axis = remaining.pop(0)
             for x in self.likelihoods:
@@ -155,14 +163,13 @@ class Report:
         figure.savefig(path, dpi=120)
         plt.close(figure)
 
-    def _plot_shares(self, axis: Any, names: Sequence[str], lengths: Sequence[int]) -> None:
-        thickness = 0.8 / len(lengths)
-        for i, length in enumerate(lengths):
-            shares = [self.share_of_full(name, length) for name in names]
-            places = [row + (i - (len(lengths) - 1) / 2) * thickness for row in range(len(names))]
-            bars = axis.barh(
-                places, [100 * (x or 0.0) for x in shares], thickness, label=f"{length:,} tokens"
-            )
+    def _plot_shares(self, axis: Any, names: Sequence[str], groups: Sequence[Group]) -> None:
+        thickness = 0.8 / len(groups)
+        for i, group in enumerate(groups):
+            shares = [self.share_of_full(name, group) for name in names]
+            places = [row + (i - (len(groups) - 1) / 2) * thickness for row in range(len(names))]
+            label = f"{group[0]:,} tokens, answers {group[1]}"
+            bars = axis.barh(places, [100 * (x or 0.0) for x in shares], thickness, label=label)
             axis.bar_label(bars, ["" if x is None else f"{x:.1%}" for x in shares], fontsize=7)
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.invert_yaxis()
@@ -174,6 +181,11 @@ class Report:
 def write_json(report: Report, path: Path) -> None:
     """One object, indented."""
     path.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+
+
+def _name(group: Group) -> str:
+    """`16384` or `16384 given`."""
+    return f"{group[0]} {group[1]}" if group[1] == GIVEN else str(group[0])
 
 
 def _revision() -> str | None:

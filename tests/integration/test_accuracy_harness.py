@@ -23,16 +23,14 @@ def report(tmp_path_factory):
     }
 
 
-def shares(report, length="4096"):
-    return {m["name"]: m["share_of_full"][length] for m in report["methods"]}
+@pytest.mark.parametrize("group", ["4096", "4096 given"])
+def test_model_solves_tasks_with_full_attention(report, group):
+    assert len(report["counting_tasks"][group]) >= 4
 
 
-def test_model_solves_tasks_with_full_attention(report):
-    assert len(report["counting_tasks"]["4096"]) >= 4
-
-
-def test_ours_keeps_the_score_and_a_blind_method_does_not(report):
-    share = shares(report)
+@pytest.mark.parametrize("group", ["4096", "4096 given"])
+def test_ours_keeps_the_score_and_a_blind_method_does_not(report, group):
+    share = {m["name"]: m["share_of_full"][group] for m in report["methods"]}
     assert share["full"] == 1
     assert share["tailorkv"] >= 0.9
     assert share["streaming_llm"] < share["tailorkv"] - 0.2
