@@ -25,6 +25,7 @@ COUNTS_FROM = 0.9
 """A task counts where full attention reaches this score: else it tells nothing of a method."""
 
 
+_BUDGET = ("budget=", "recent_tokens=", "topk_tokens=")
 Group = tuple[int, str]
 """A length, and who writes the answers: what a table is of."""
 
@@ -139,9 +140,9 @@ class Report:
         console.print(table)
 
     def plot(self, path: Path) -> None:
-        """Bars of the share of full attention's score, and likelihood along the text."""
-        groups = self.groups
-        panels = bool(groups) + bool(self.likelihoods)
+        """Shares of full attention's score, the same against the budget, likelihood in the text."""
+        groups, families = self.groups, self._budgets()
+        panels = bool(groups) + bool(groups and families) + bool(self.likelihoods)
         if not panels:
             return
         names = [method.name for method in self.methods]
@@ -150,6 +151,10 @@ class Report:
         remaining = list(axes[0])
         if groups:
             self._plot_shares(remaining.pop(0), names, groups)
+        if groups and families:
+            # Where most tasks count.
+            group = max(groups, key=lambda g: (g[0], len(self.counting(g))))
+            self._plot_budgets(remaining.pop(0), families, group)
         if self.likelihoods:
             axis = remaining.pop(0)
             for x in self.likelihoods:
@@ -163,6 +168,31 @@ class Report:
         figure.savefig(path, dpi=120)
         plt.close(figure)
 
+    def _budgets(self) -> dict[str, list[Method]]:
+        """Methods that were run at several budgets, by their name without it."""
+        families: dict[str, list[Method]] = {}
+        for method in self.methods:
+            if method.config is not None:
+                name, _, options = method.name.partition(":")
+                rest = [o for o in options.split(",") if o and not o.startswith(_BUDGET)]
+                families.setdefault(":".join([name, *rest]), []).append(method)
+        return {name: methods for name, methods in families.items() if len(methods) > 1}
+
+    def _plot_budgets(self, axis: Any, families: dict[str, list[Method]], group: Group) -> None:
+        for name, methods in families.items():
+            points = sorted(
+                (method.config.budget_tokens, 100 * share)
+                for method in methods
+                if method.config and (share := self.share_of_full(method.name, group)) is not None
+            )
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.set_xlabel("budget, tokens a KV head")
+        axis.set_ylabel("% of full attention's score")
+        axis.set_title(f"{group[0]:,} tokens, answers {group[1]}")
+        axis.legend(fontsize="x-small")
+
     def _plot_shares(self, axis: Any, names: Sequence[str], groups: Sequence[Group]) -> None:
         thickness = 0.8 / len(groups)
         for i, group in enumerate(groups):
@@ -175,7 +205,7 @@ class Report:
         axis.invert_yaxis()
         axis.set_xlim(0, 112)
         axis.set_xlabel("% of full attention's score, tasks that count")
-        axis.legend(fontsize="x-small", loc="lower left")
+        axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
 
 
 def write_json(report: Report, path: Path) -> None:
