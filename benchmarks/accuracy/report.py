@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from accuracy.attention_level import LayerQuality
-from accuracy.evaluate import GIVEN, Score
+from accuracy.evaluate import GIVEN, Cell, Score
 from accuracy.methods import FULL, Method
 from accuracy.text_quality import Likelihood
 
@@ -55,6 +55,10 @@ class Report:
         """The tasks that the model solves with full attention."""
         cells = self.of_group(group)
         return [task for (m, task), mean in cells.items() if m == FULL and mean >= COUNTS_FROM]
+
+    def counts(self, cell: Cell) -> bool:
+        """Full attention has solved it."""
+        return cell.task in self.counting((cell.length, cell.answers))
 
     def share_of_full(self, method: str, group: Group) -> float | None:
         """The mean over the tasks that count, as a share of full attention's."""
