@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from speed.inputs import Inputs
+from speed.machine import free_bytes
 from speed.shapes import BLOCK_SIZE, DTYPE
 from vllm_tailorkv.cache.views import HostPages, derived_pages, host_pages
 from vllm_tailorkv.kernels import ops
@@ -36,7 +37,7 @@ def make_sets(inputs: Inputs, layout: PageLayout, bytes_read: int) -> list[PageS
     page_bytes = layout.host_bytes + layout.derived_bytes
     set_bytes = blocks * inputs.batch * page_bytes
     count = math.ceil(MIN_ROTATED_BYTES / bytes_read)
-    count = max(1, min(count, MAX_PAGES_BYTES // set_bytes))
+    count = max(1, min(count, min(MAX_PAGES_BYTES, free_bytes() // 2) // set_bytes))
     bias = torch.randn(inputs.shape.head_size) * 2
     sample = torch.randn(64, inputs.shape.kv_heads, BLOCK_SIZE, inputs.shape.head_size)
     sets = []

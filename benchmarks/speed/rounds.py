@@ -56,6 +56,7 @@ def measure(inputs: Inputs, case: Case, seconds: float, bandwidth: float) -> dic
         "fp8_ratio": None if fp8 is None else round(fp8 / ms, 2),
         **({} if missing is None else {"fp8_missing": missing}),
         "parts": {name: round(statistics.median(part), 4) for name, part in parts.items()},
+        "page_sets": len(step.sets),
         "bytes_read": step.bytes_read,
         "bandwidth_share": round(step.bytes_read / (ms / 1e3) / bandwidth, 3),
         **_checks(step, theirs),
