@@ -31,7 +31,6 @@ from speed.command import Lines, add_output, numbers, parser, positive, progress
 from speed.inputs import Inputs
 from speed.machine import free_bytes, read_bandwidth
 from speed.plot import decode_name, save_decode_plot
-from speed.rounds import measure
 from speed.shapes import BLOCK_SIZE, CASES, DTYPE, MIN_CONTEXT, SHAPES
 
 _EXAMPLES = """\
@@ -45,6 +44,8 @@ def main() -> None:
     """Run all cases of the given shape."""
     args = _arguments()
     _check_memory(args)
+    from speed.rounds import measure  # noqa: PLC0415  vLLM takes seconds to load
+
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     bandwidth = read_bandwidth()

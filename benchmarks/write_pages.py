@@ -19,7 +19,6 @@ import argparse
 
 import torch
 from speed.command import Lines, add_output, numbers, parser, positive, progress
-from speed.prompt import Prompt, TheirPages, measure
 from speed.shapes import GROUP_SIZE, SHAPES, Case
 
 from vllm_tailorkv.layout import DerivedKind
@@ -41,6 +40,8 @@ CASES = (
 def main() -> None:
     """Run all kinds of layers of the given shape."""
     args = _arguments()
+    from speed.prompt import Prompt, TheirPages, measure  # noqa: PLC0415  vLLM: seconds
+
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     shape = SHAPES[args.shape]
