@@ -194,8 +194,8 @@ def run_engine(job: Job, threads: int, on_tokens: Callable[[int], None]) -> dict
 
 
 def _reason(log: list[str], status: int) -> str:
-    """The last error that a program printed, in one line."""
-    errors = [line.strip() for line in log if "Error: " in line]
+    """The last error that a program printed (`error: ...`, `ValueError: ...`), in one line."""
+    errors = [line.strip() for line in log if "rror: " in line]
     return errors[-1] if errors else f"the engine ended with status {status}"
 
 
