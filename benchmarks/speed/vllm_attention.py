@@ -88,7 +88,11 @@ class VllmCache:
 
 
 class VllmStep:
-    """vLLM's decode step over the same tokens as ours, each set of pages copied to its cache."""
+    """vLLM's decode step over the same tokens as ours, each set of pages copied to its cache.
+
+    Where vLLM uses its `vec` layout it could read our pages, and was as fast there (19.65 and
+    19.61 ms at 32k, Llama-3.1-8B shape, one thread of a Zen 4); but with AMX its layout is another.
+    """
 
     def __init__(self, inputs: Inputs, sets: Sequence[PageSet], kv_cache_dtype: str) -> None:
         self.inputs = inputs
