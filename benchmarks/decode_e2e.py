@@ -1,0 +1,245 @@
+"""Speed of a whole engine on the CPU, tailorkv against vLLM's own backend.
+
+The model has the shape of a real one and random weights, so nothing is downloaded and nothing
+can be said of quality: attention is about flat. For every context each backend runs in a fresh
+process, one after the other, on the same random prompts: prompts are read, then decode steps of
+the whole batch are timed one by one. Each context gives a line of JSON; what vLLM's own backend
+took has the prefix baseline_:
+
+    shape, layers, context, batch, threads, warm, config   what ran
+    isa                                  instruction set of our ops
+    ttft_seconds, ttft_ratio             until every request has its first token; null with --warm
+    seconds_per_token, min_seconds_per_token   of a decode step: median, least
+    ratio                                baseline_seconds_per_token / seconds_per_token
+    decode_steps                         timed
+    peak_rss_bytes                       of the engine's process
+    kv_cache_bytes                       all layers, both tiers, just enough for the batch
+
+Reading a long prompt takes minutes (the work grows with its square). `--warm` reads it without
+the model: the backend writes and derives pages of random K and V, then decodes as ever.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from speed.command import Lines, add_output, numbers, parser, positive, progress, refuse
+from speed.job import CHUNK, Job
+from speed.machine import free_bytes
+from speed.models import MODELS, Model
+from speed.plot import lines_of, save_plot
+
+_EXAMPLES = """\
+  python benchmarks/decode_e2e.py --context 8192
+  python benchmarks/decode_e2e.py --context 16384,32768,65536 --warm --plot e2e.png
+  python benchmarks/decode_e2e.py --shape smollm2-360m --config '{"index": "onebit", "bits": 1}'
+"""
+_PROCESS_BYTES = 2 << 30
+
+
+class EngineError(RuntimeError):
+    """An engine ended without a result; what it printed last."""
+
+
+def main() -> None:
+    """Run both backends at every context."""
+    args = _arguments()
+    model = MODELS[args.shape].with_layers(args.layers)
+    _check_memory(args, model)
+    with Lines(args.json) as lines, progress() as bar, tempfile.TemporaryDirectory() as directory:
+        for context in args.context:
+            job = Job(
+                model=directory,
+                options=args.config,
+                context=context,
+                batch=args.batch,
+                output_tokens=args.output_tokens,
+                warm=args.warm,
+                kv_bytes_per_token=model.kv_bytes_per_token,
+            )
+            model.write_config(Path(directory), job.max_model_len)
+            results = []
+            for name, options in (("tailorkv", args.config), ("vLLM's own", None)):
+                task = bar.add_task(
+                    f"{context:,} tokens, {name}", total=args.batch * context + args.output_tokens
+                )
+                try:
+                    result = run_engine(
+                        job.with_options(options),
+                        args.threads,
+                        lambda tokens, task=task: bar.update(task, completed=tokens),
+                    )
+                except EngineError as error:
+                    refuse(__file__, f"{context:,} tokens, {name}: {error}")
+                results.append(result)
+                bar.remove_task(task)
+            lines.add(_record(args, model, context, *results))
+    if args.plot:
+        _save_plot(args, lines.records)
+
+
+def _arguments() -> argparse.Namespace:
+    options = parser(__doc__ or "", _EXAMPLES)
+    options.add_argument("--shape", choices=MODELS, default="llama-160m")
+    options.add_argument(
+        "--layers", type=positive, metavar="N", help="so many, not the model's own number"
+    )
+    options.add_argument(
+        "--context", type=numbers, default=[8192], metavar="N[,N...]", help="tokens of a prompt"
+    )
+    options.add_argument(
+        "--batch",
+        type=positive,
+        default=1,
+        metavar="B",
+        help=f"requests at once, below {CHUNK} (%(default)s)",
+    )
+    options.add_argument(
+        "--output-tokens",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="decode steps that are timed (%(default)s)",
+    )
+    options.add_argument(
+        "--warm", action="store_true", help="fill the cache without the model: no time to read"
+    )
+    options.add_argument(
+        "--config", type=_json_object, default={}, metavar="JSON", help="options of tailorkv"
+    )
+    options.add_argument(
+        "--plot", metavar="FILE", help="seconds per output token against context, as a picture"
+    )
+    add_output(options)
+    args = options.parse_args()
+    if args.batch >= CHUNK:
+        options.error(f"--batch must be below {CHUNK}, is {args.batch}")
+    return args
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
+
+
+def _check_memory(args: argparse.Namespace, model: Model) -> None:
+    cache = 1.5 * args.batch * max(args.context) * model.kv_bytes_per_token
+    needed, free = cache + model.weight_bytes + _PROCESS_BYTES, free_bytes()
+    if needed > free:
+        refuse(
+            __file__,
+            f"about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free: "
+            "lower --context, --batch or --layers",
+        )
+
+
+def run_engine(job: Job, threads: int, on_tokens: Callable[[int], None]) -> dict[str, Any]:
+    """Run an engine in a process of its own.
+
+    Args:
+        on_tokens: called with the tokens read and written so far.
+
+    Raises:
+        EngineError: it ended without a result.
+    """
+    here = str(Path(__file__).parent)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH")))),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+        # Spinning threads would keep others from the cores.
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    result = None
+    reader, writer = os.pipe()
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "speed.engine", job.as_json(), str(writer)],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            pass_fds=(writer,),
+        )
+        os.close(writer)
+        try:
+            with os.fdopen(reader) as events:
+                for line in events:
+                    event = json.loads(line)
+                    result = event.get("result", result)
+                    if "tokens" in event:
+                        on_tokens(event["tokens"])
+            process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        if result is None:
+            log.seek(0)
+            raise EngineError(_reason(log.read().splitlines(), process.returncode))
+    return result
+
+
+def _reason(log: list[str], status: int) -> str:
+    """The last error that a program printed (`error: ...`, `ValueError: ...`), in one line."""
+    errors = [line.strip() for line in log if "rror: " in line]
+    return errors[-1] if errors else f"the engine ended with status {status}"
+
+
+def _record(
+    args: argparse.Namespace,
+    model: Model,
+    context: int,
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+) -> dict[str, Any]:
+    record = {
+        "shape": args.shape,
+        "layers": model.layers,
+        "context": context,
+        "batch": args.batch,
+        "threads": args.threads,
+        "warm": args.warm,
+        "config": args.config,
+        "isa": ours["isa"],
+        "decode_steps": len(ours["steps"]),
+    }
+    for prefix, result in (("", ours), ("baseline_", theirs)):
+        record |= {
+            f"{prefix}ttft_seconds": None if args.warm else round(result["first"], 3),
+            f"{prefix}seconds_per_token": round(statistics.median(result["steps"]), 6),
+            f"{prefix}min_seconds_per_token": round(min(result["steps"]), 6),
+            f"{prefix}peak_rss_bytes": result["peak_rss_bytes"],
+            f"{prefix}kv_cache_bytes": result["kv_cache_bytes"],
+        }
+    record["ttft_ratio"] = None if args.warm else round(theirs["first"] / ours["first"], 3)
+    record["ratio"] = round(record["baseline_seconds_per_token"] / record["seconds_per_token"], 2)
+    return record
+
+
+def _save_plot(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
+    save_plot(
+        args.plot,
+        f"{args.shape}, batch {args.batch}, threads: {args.threads}",
+        "seconds per output token",
+        lines_of(records, "seconds_per_token", "tailorkv"),
+        lines_of(records, "baseline_seconds_per_token", "vLLM"),
+        "context, tokens",
+    )
+
+
+if __name__ == "__main__":
+    main()

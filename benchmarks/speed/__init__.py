@@ -1,0 +1,1 @@
+"""What the speed benchmarks share: shapes, pages, vLLM's attention, rounds, lines, pictures."""

@@ -1,0 +1,103 @@
+"""What the benchmarks' command lines share: options, progress, lines of JSON."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+def numbers(text: str) -> list[int]:
+    """Positive whole numbers, comma-separated."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of positive numbers, as 8192,32768")
+    return values
+
+
+def positive(text: str) -> int:
+    """One positive whole number."""
+    values = numbers(text)
+    if len(values) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than one number")
+    return values[0]
+
+
+def parser(doc: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help is a script's docstring and these examples."""
+    return argparse.ArgumentParser(
+        description=doc,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_output(target: argparse.ArgumentParser) -> None:
+    """`--threads` and `--json`."""
+    target.add_argument(
+        "--threads",
+        type=positive,
+        default=len(os.sched_getaffinity(0)),
+        metavar="T",
+        help="threads of both (%(default)s: all cores this process may use)",
+    )
+    target.add_argument(
+        "--json",
+        default="-",
+        metavar="FILE",
+        help="where lines of JSON go, one a case, each as it is done; - is stdout (%(default)s)",
+    )
+
+
+def refuse(script: str, message: str) -> NoReturn:
+    """End with one line."""
+    print(f"{Path(script).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Lines:
+    """Lines of JSON, to a file or stdout, each written at once."""
+
+    def __init__(self, where: str) -> None:
+        self.records: list[dict[str, Any]] = []
+        self._file: TextIO = sys.stdout if where == "-" else open(where, "w", encoding="utf-8")  # noqa: SIM115
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not sys.stdout:
+            self._file.close()
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Write one."""
+        self.records.append(record)
+        print(json.dumps(record), file=self._file, flush=True)
+
+
+def progress() -> Progress:
+    """A bar on stderr; none where that is no terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        redirect_stdout=False,
+        transient=True,
+    )

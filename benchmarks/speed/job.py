@@ -1,0 +1,56 @@
+"""What an engine is to run: the order that goes to its process."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+BLOCK_SIZE = 128
+CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run.
+
+    Args:
+        model: directory with `config.json`.
+        options: of tailorkv; None for vLLM's own backend.
+        warm: prompts cost no model: their K and V are random numbers.
+        kv_bytes_per_token: in full precision.
+    """
+
+    model: str
+    options: dict[str, Any] | None
+    context: int
+    batch: int
+    output_tokens: int
+    warm: bool
+    kv_bytes_per_token: int
+
+    def with_options(self, options: dict[str, Any] | None) -> "Job":
+        """The same with other options."""
+        return replace(self, options=options)
+
+    def as_json(self) -> str:
+        """For the command line."""
+        return json.dumps(asdict(self))
+
+    @property
+    def reading_steps(self) -> int:
+        """Steps in which a chunk of some prompt is read; decodes take part of their budget."""
+        return -(-self.batch * self.context // (CHUNK - self.batch))
+
+    @property
+    def max_tokens(self) -> int:
+        """Enough for the first request to decode until the last one has done so."""
+        return self.reading_steps + self.output_tokens + 2
+
+    @property
+    def max_model_len(self) -> int:
+        """Of one request."""
+        return self.context + self.max_tokens
+
+    @property
+    def num_blocks(self) -> int:
+        """What all requests fill, and vLLM's null block."""
+        return self.batch * -(-self.max_model_len // BLOCK_SIZE) + 1

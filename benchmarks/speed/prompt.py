@@ -1,0 +1,176 @@
+"""What a prompt costs one layer: writing K and V, deriving pages, and vLLM's exact attention."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from speed.machine import implementation
+from speed.shapes import BLOCK_SIZE, DTYPE, GROUP_SIZE, Case, Shape
+from speed.vllm_attention import VllmCache
+from vllm_tailorkv.cache.views import derived_pages, host_pages
+from vllm_tailorkv.kernels import ops
+
+PROBED_DEPTHS = (0.0, 0.5, 1.0)
+PROBES = 3
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """K and V of a prompt, [N, Hk, d] each, read in chunks as the scheduler cuts it."""
+
+    shape: Shape
+    chunk: int
+    key: torch.Tensor
+    value: torch.Tensor
+
+    @classmethod
+    def random(cls, shape: Shape, context: int, chunk: int) -> "Prompt":
+        """Of `context` random tokens."""
+        size = (context, shape.kv_heads, shape.head_size)
+        return cls(shape, chunk, torch.randn(size).to(DTYPE), torch.randn(size).to(DTYPE))
+
+    @property
+    def context(self) -> int:
+        """Tokens."""
+        return len(self.key)
+
+    @property
+    def num_blocks(self) -> int:
+        """Pages it fills."""
+        return math.ceil(self.context / BLOCK_SIZE)
+
+    def chunks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Its tokens, chunk by chunk, and their K and V."""
+        for start in range(0, self.context, self.chunk):
+            span = slice(start, min(start + self.chunk, self.context))
+            yield span, self.key[span], self.value[span]
+
+
+class OurPages:
+    """The pages of one layer of ours."""
+
+    def __init__(self, prompt: Prompt, case: Case, blocks: torch.Tensor) -> None:
+        self.prompt = prompt
+        layout = case.layout(prompt.shape)
+        page_bytes = layout.host_bytes + layout.derived_bytes
+        # Zeros, so that the first write meets no page that the system has yet to give.
+        raw = torch.zeros(prompt.num_blocks, page_bytes, dtype=torch.uint8)
+        self.host = host_pages(raw[:, : layout.host_bytes], layout, DTYPE)
+        self.derived = derived_pages(raw[:, layout.host_bytes :], layout, DTYPE)
+        self.slots = _slots(prompt, blocks)
+        per_block = layout.groups_per_block
+        groups = blocks.unsqueeze(-1) * per_block + torch.arange(per_block)
+        self.groups = groups.flatten()
+
+    def read(self) -> tuple[float, float]:
+        """Seconds to write the prompt, and to derive every group as it completes."""
+        write = derive = 0.0
+        for span, key, value in self.prompt.chunks():
+            done = self.groups[span.start // GROUP_SIZE : span.stop // GROUP_SIZE]
+            start = time.perf_counter()
+            ops.write_kv(key, value, self.host.key, self.host.value, self.slots[span])
+            written = time.perf_counter()
+            ops.quantize_groups(done, self.host.key, self.host.value, self.derived)
+            derive += time.perf_counter() - written
+            write += written - start
+        return write, derive
+
+
+class TheirPages:
+    """vLLM's cache of one layer."""
+
+    def __init__(self, prompt: Prompt, blocks: torch.Tensor) -> None:
+        self.prompt = prompt
+        self.cache = VllmCache(prompt.shape, prompt.num_blocks, "auto")
+        self.slots = _slots(prompt, blocks)
+        self.block_table = blocks.to(torch.int32).unsqueeze(0)
+
+    def write(self) -> float:
+        """Seconds to write the prompt."""
+        start = time.perf_counter()
+        for span, key, value in self.prompt.chunks():
+            self.cache.write(key, value, self.slots[span])
+        return time.perf_counter() - start
+
+    def attend(self, rows: int) -> float:
+        """Seconds that exact attention takes over the whole prompt.
+
+        `rows` queries are timed at the prompt's begin, middle and end. As the cost of a query
+        grows with its depth along a line, their mean stands for all.
+        """
+        rows = min(rows, self.prompt.context)
+        costs = [
+            statistics.median(self._probe(rows, depth) for _ in range(PROBES))
+            for depth in PROBED_DEPTHS
+        ]
+        begin, middle, end = costs
+        return (begin + 4 * middle + end) / 6 / rows * self.prompt.context
+
+    def _probe(self, rows: int, depth: float) -> float:
+        shape = self.prompt.shape
+        seen = rows + round(depth * (self.prompt.context - rows))
+        query = torch.randn(rows, shape.heads, shape.head_size).to(DTYPE)
+        output = torch.empty_like(query)
+        seq_lens = torch.tensor([seen], dtype=torch.int32)
+        starts = torch.tensor([0, rows], dtype=torch.int32)
+        schedule = self.cache.schedule(shape, seq_lens, starts)
+        start = time.perf_counter()
+        self.cache.attend(output, query, self.block_table, seq_lens, starts, schedule)
+        return time.perf_counter() - start
+
+
+def _slots(prompt: Prompt, blocks: torch.Tensor) -> torch.Tensor:
+    """The slot of every token."""
+    return (blocks.unsqueeze(-1) * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[
+        : prompt.context
+    ]
+
+
+def measure(
+    prompt: Prompt, case: Case, theirs: TheirPages, attention: float, seconds: float
+) -> dict[str, Any]:
+    """One line of results: rounds for about `seconds`, after one to warm up.
+
+    Args:
+        attention: of `theirs`, seconds.
+    """
+    ours = OurPages(prompt, case, theirs.block_table[0].long())
+    rounds = list(_rounds(ours.read, theirs.write, seconds))
+    write, derive, baseline = (
+        1e3 * statistics.median(values) for values in zip(*rounds, strict=True)
+    )
+    attention_ms = 1e3 * attention
+    return {
+        "layer": case.layer,
+        "index": case.index,
+        "bits": case.bits,
+        "context": prompt.context,
+        "chunk": prompt.chunk,
+        "threads": torch.get_num_threads(),
+        **implementation(["write_kv", "quantize_groups"]),
+        "write_ms": round(write, 4),
+        "derive_ms": round(derive, 4),
+        "ms": round(write + derive, 4),
+        "us_per_token": round(1e3 * (write + derive) / prompt.context, 4),
+        "baseline_isa": theirs.cache.isa,
+        "baseline_ms": round(baseline, 4),
+        "attention_ms": round(attention_ms, 2),
+        "added_share": round((write + derive - baseline) / (baseline + attention_ms), 5),
+        "rounds": len(rounds),
+    }
+
+
+def _rounds(
+    ours: Callable[[], tuple[float, float]], theirs: Callable[[], float], seconds: float
+) -> Iterator[tuple[float, float, float]]:
+    ours(), theirs()
+    deadline, number = time.perf_counter() + seconds, 0
+    while number < 3 or time.perf_counter() < deadline:
+        write, derive = ours()
+        yield write, derive, theirs()
+        number += 1

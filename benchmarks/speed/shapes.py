@@ -1,0 +1,61 @@
+"""The shapes of models, the kinds of layers, and the settings they are timed with."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_tailorkv.layout import DerivedKind, PageLayout
+
+DTYPE = torch.bfloat16
+BLOCK_SIZE, GROUP_SIZE = 128, 64
+SINKS, RECENT, SELECTED, RESIDUAL, CHANNELS, RERANK = 8, 56, 128, 128, 8, 4
+MIN_CONTEXT = 512
+"""Below it, too few tokens lie between the sinks and the newest ones to select from."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads of one attention layer."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+
+
+SHAPES = {
+    "llama-3.1-8b": Shape(32, 8, 128),
+    "llama-3.2-1b": Shape(32, 8, 64),
+    "qwen2.5-7b": Shape(28, 4, 128),
+    "mha-7b": Shape(32, 32, 128),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of layer; `rerank` candidates are ranked again for every token kept."""
+
+    layer: str
+    kind: DerivedKind
+    bits: int
+    rerank: int = 1
+
+    @property
+    def index(self) -> str | None:
+        """The index of a sparse layer."""
+        return self.kind.value if self.layer == "sparse" else None
+
+    def layout(self, shape: Shape) -> PageLayout:
+        """Of the pages of such a layer."""
+        return PageLayout(
+            self.kind, shape.kv_heads, shape.head_size, BLOCK_SIZE, GROUP_SIZE, self.bits, 2
+        )
+
+
+CASES = (
+    Case("sparse", DerivedKind.ONEBIT, 1, RERANK),
+    Case("sparse", DerivedKind.ONEBIT, 1),
+    Case("sparse", DerivedKind.CHANNELS, 1, RERANK),
+    Case("sparse", DerivedKind.CHANNELS, 1),
+    Case("dense", DerivedKind.DENSE, 1),
+    Case("dense", DerivedKind.DENSE, 2),
+)

@@ -1,0 +1,131 @@
+"""One decode step of one of our layers, op after op, as the engine runs them."""
+
+from collections.abc import Callable
+
+import torch
+
+from speed.inputs import Inputs
+from speed.pages import PageSet, make_sets
+from speed.shapes import CHANNELS, GROUP_SIZE, RESIDUAL, SELECTED, SINKS, Case
+from vllm_tailorkv.kernels import ops
+from vllm_tailorkv.kernels.types import ChannelIndex, DenseCodes, OnebitIndex
+from vllm_tailorkv.layout import DerivedKind
+
+SAMPLES, LINE_BYTES = 16, 64
+
+
+class Step:
+    """The step of one kind of layer, and the pages it rotates among."""
+
+    def __init__(self, inputs: Inputs, case: Case) -> None:
+        self.inputs, self.case = inputs, case
+        self.layout = case.layout(inputs.shape)
+        batch, kv_heads = inputs.batch, inputs.shape.kv_heads
+        self.output = torch.empty_like(inputs.query)
+        self.scores = torch.empty(batch, kv_heads, inputs.context)
+        self.indices = torch.empty(batch, kv_heads, SELECTED, dtype=torch.int32)
+        self.candidates = self.indices.new_empty(batch, kv_heads, SELECTED * case.rerank)
+        self.ranked_channels = max(1, inputs.shape.head_size * 3 // 8)
+        self.sets = make_sets(inputs, self.layout, self.bytes_read)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the pages that a step reads."""
+        inputs, head_size = self.inputs, self.inputs.shape.head_size
+        groups = inputs.coded // GROUP_SIZE
+        exact = RESIDUAL
+        if self.case.layer == "sparse":
+            groups = inputs.tail // GROUP_SIZE
+            exact = SINKS + SELECTED + inputs.context - inputs.tail
+        total = groups * sum(field.num_bytes for field in self.layout.fields.values())
+        total += exact * 2 * head_size * 2
+        if self.case.kind is DerivedKind.CHANNELS:
+            total += groups * GROUP_SIZE * CHANNELS * 2
+        if self.case.rerank > 1:
+            # K is channel-major: an element costs a cache line.
+            rows = self.case.rerank * SELECTED * self.ranked_channels
+            rows += SAMPLES * (head_size - self.ranked_channels)
+            total += rows * LINE_BYTES
+        return total * inputs.shape.kv_heads * inputs.batch
+
+    def ops(self) -> dict[str, Callable[[PageSet], None]]:
+        """The ops of one step by name, in order."""
+        if self.case.layer == "dense":
+            return {"quantized_decode_attention": self.attend_codes}
+        refine = {"refine_topk": self.refine} if self.case.rerank > 1 else {}
+        return {
+            "score_tokens": self.score,
+            "select_topk": self.select,
+            **refine,
+            "sparse_decode_attention": self.attend_selected,
+        }
+
+    def attend_codes(self, pages: PageSet) -> None:
+        """The step of a dense layer."""
+        assert isinstance(pages.derived, DenseCodes)
+        ops.quantized_decode_attention(
+            self.output,
+            self.inputs.query,
+            pages.host.key,
+            pages.host.value,
+            pages.derived,
+            pages.block_table,
+            self.inputs.seq_lens,
+            self.inputs.num_quantized,
+            scale=self.inputs.scale,
+        )
+
+    def score(self, pages: PageSet) -> None:
+        """The step of a sparse layer: its average query scores all tokens."""
+        kv_heads = self.inputs.shape.kv_heads
+        query = self.inputs.query.float().unflatten(1, (kv_heads, -1)).mean(2, keepdim=True)
+        assert isinstance(pages.derived, OnebitIndex | ChannelIndex)
+        ops.score_tokens(
+            self.scores,
+            query,
+            pages.derived,
+            pages.host.key,
+            pages.block_table,
+            self.inputs.tail_start,
+            sink_tokens=SINKS,
+            critical_channels=CHANNELS,
+        )
+
+    def select(self, _: PageSet) -> None:
+        """The best tokens of the scores: the candidates where they are ranked again."""
+        best = self.candidates if self.case.rerank > 1 else self.indices
+        ops.select_topk(best, self.scores, self.inputs.tail_start, sink_tokens=SINKS)
+
+    def refine(self, pages: PageSet) -> None:
+        """The candidates that truly weigh most."""
+        ops.refine_topk(
+            self.indices,
+            self.candidates,
+            self.inputs.query,
+            pages.host.key,
+            pages.block_table,
+            channels=self.ranked_channels,
+            scale=self.inputs.scale,
+        )
+
+    def attend_selected(self, pages: PageSet) -> None:
+        """Exact attention over what was selected."""
+        ops.sparse_decode_attention(
+            self.output,
+            self.inputs.query,
+            pages.host.key,
+            pages.host.value,
+            self.indices,
+            pages.block_table,
+            self.inputs.seq_lens,
+            self.inputs.tail_start,
+            sink_tokens=SINKS,
+            scale=self.inputs.scale,
+        )
+
+    def planted_kept(self) -> float | None:
+        """The share of the planted tokens that selection kept; None for a dense layer."""
+        if self.case.layer == "dense":
+            return None
+        found = (self.inputs.planted.unsqueeze(-1) == self.indices.unsqueeze(2)).any(-1)
+        return float(found.double().mean())

@@ -1,0 +1,97 @@
+"""What a prompt costs one layer on the CPU beside exact attention: writing and deriving.
+
+Prompts are attended exactly, by vLLM's own op with both backends. What tailorkv adds to the time
+to the first token is the derived pages. Rounds alternate in one process: ours writes K and V
+chunk by chunk and derives every group of tokens as it completes; vLLM's writes to a cache of its
+own. Each kind of layer gives a line of JSON; milliseconds are for one whole prompt and one layer:
+
+    shape, layer, index, bits, context, chunk, threads   what ran; tokens of a prompt and a chunk
+    implementation, isa         of our ops
+    write_ms, derive_ms, ms     ours, medians; ms is their sum
+    us_per_token                microseconds of it for each token
+    baseline_ms, baseline_isa   vLLM's reshape_and_cache, and its name for the code path
+    attention_ms                vLLM's exact attention over the prompt, from attention_rows
+                                queries timed at its begin, middle and end
+    added_share                 (ms - baseline_ms) / (baseline_ms + attention_ms)
+"""
+
+import argparse
+
+import torch
+from speed.command import Lines, add_output, numbers, parser, positive, progress
+from speed.shapes import GROUP_SIZE, SHAPES, Case
+
+from vllm_tailorkv.layout import DerivedKind
+
+_EXAMPLES = """\
+  python benchmarks/write_pages.py --context 8192,32768
+  python benchmarks/write_pages.py --shape mha-7b --context 8192 --threads 1 --json write.jsonl
+"""
+
+CASES = (
+    Case("sparse", DerivedKind.CHANNELS, 1),
+    Case("sparse", DerivedKind.ONEBIT, 1),
+    Case("dense", DerivedKind.DENSE, 1),
+    Case("dense", DerivedKind.DENSE, 2),
+    Case("dense", DerivedKind.DENSE, 4),
+)
+
+
+def main() -> None:
+    """Run all kinds of layers of the given shape."""
+    args = _arguments()
+    from speed.prompt import Prompt, TheirPages, measure  # noqa: PLC0415  vLLM: seconds
+
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    shape = SHAPES[args.shape]
+    with Lines(args.json) as lines, progress() as bar:
+        task = bar.add_task("", total=len(args.context) * (len(CASES) + 1))
+        for context in args.context:
+            bar.update(task, description=f"{context:,} tokens: vLLM's attention")
+            prompt = Prompt.random(shape, context, args.chunk)
+            theirs = TheirPages(prompt, torch.randperm(prompt.num_blocks))
+            theirs.write()
+            attention = theirs.attend(args.attention_rows)
+            bar.advance(task)
+            for case in CASES:
+                name = case.index or f"{case.bits} bit"
+                bar.update(task, description=f"{context:,} tokens: {case.layer}, {name}")
+                result = measure(prompt, case, theirs, attention, args.seconds)
+                rows = min(args.attention_rows, context)
+                lines.add({"shape": args.shape, **result, "attention_rows": rows})
+                bar.advance(task)
+
+
+def _arguments() -> argparse.Namespace:
+    options = parser(__doc__ or "", _EXAMPLES)
+    options.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    options.add_argument(
+        "--context", type=numbers, default=[8192, 32768], metavar="N[,N...]", help="tokens"
+    )
+    options.add_argument(
+        "--chunk",
+        type=positive,
+        default=2048,
+        metavar="N",
+        help="tokens written at once, a multiple of 64, as the scheduler's budget (%(default)s)",
+    )
+    options.add_argument(
+        "--attention-rows",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="queries timed at each of three places (%(default)s)",
+    )
+    options.add_argument(
+        "--seconds", type=float, default=2.0, help="of rounds for each case (%(default)s)"
+    )
+    add_output(options)
+    args = options.parse_args()
+    if args.chunk % GROUP_SIZE:
+        options.error(f"--chunk must be a multiple of {GROUP_SIZE}, is {args.chunk}")
+    return args
+
+
+if __name__ == "__main__":
+    main()
