@@ -30,6 +30,7 @@ PAPER: dict[str, Any] = {
     "recent_tokens": 56,
     "topk_tokens": 128,
     "bits": 2,
+    "full_attention_below": 0,
 }
 """The published setting of LongBench's experiments (TailorKV-2)."""
 
@@ -85,10 +86,10 @@ class TailorKVConfig(BaseModel):
         "most are taken; 1: what it ranks highest is taken.",
     )
     full_attention_below: int = Field(
-        default=0,
+        default=2048,
         ge=0,
-        description="Contexts up to this many tokens are attended in full (the token budget "
-        "always is).",
+        description="Contexts up to this many tokens are attended in full, which is as fast there "
+        "(the token budget always is).",
     )
     placement: Literal["auto", "joint", "split"] = Field(
         default="auto",

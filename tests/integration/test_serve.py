@@ -33,7 +33,7 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         max_model_len=8192,
         cache_gib=1,
         backend="tailorkv",
-        config={"index": "onebit"},
+        config={"index": "onebit", "full_attention_below": 0},
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("OMP_NUM_THREADS", raising=False)

@@ -66,7 +66,8 @@ def engine(model: Path, options: dict[str, Any] | None = None, **arguments: Any)
     """An `LLM` in this process.
 
     Args:
-        options: those of tailorkv; None for vLLM's own backend.
+        options: those of tailorkv; None for vLLM's own backend. Short contexts are not attended
+            in full unless the options say so: what is tested would not run.
     """
     from vllm import LLM
 
@@ -79,7 +80,7 @@ def engine(model: Path, options: dict[str, Any] | None = None, **arguments: Any)
     }
     if options is not None:
         values["attention_backend"] = "tailorkv"
-        values["additional_config"] = {"tailorkv": options}
+        values["additional_config"] = {"tailorkv": {"full_attention_below": 0} | options}
     llm = LLM(model=str(model), **(values | arguments))
     try:
         yield llm

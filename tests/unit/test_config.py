@@ -31,7 +31,7 @@ DEFAULTS = {
     "critical_channels": 8,
     "index": "channels",
     "query_reduce": "mean",
-    "full_attention_below": 0,
+    "full_attention_below": 2048,
     "placement": "auto",
     "host_pool_gib": None,
 }
@@ -223,10 +223,21 @@ def test_frozen() -> None:
 @pytest.mark.parametrize(
     ("options", "budget", "exact"),
     [
-        ({}, 192, 192),
+        ({}, 192, 2048),
+        ({"preset": "paper"}, 192, 192),
         ({"full_attention_below": 191}, 192, 192),
         ({"full_attention_below": 4096}, 192, 4096),
-        ({"sink_tokens": 0, "topk_tokens": 3, "recent_tokens": 2}, 5, 5),
+        ({"topk_tokens": 4096}, 4160, 4160),
+        (
+            {
+                "sink_tokens": 0,
+                "topk_tokens": 3,
+                "recent_tokens": 2,
+                "full_attention_below": 0,
+            },
+            5,
+            5,
+        ),
     ],
 )
 def test_token_budget(options: dict[str, Any], budget: int, exact: int) -> None:

@@ -104,7 +104,11 @@ def test_boundary_of_the_exact_tail(
 ) -> None:
     """What lies before it is in complete groups, and the newest tokens lie after it."""
     config = TailorKVConfig(
-        residual_tokens=residual, recent_tokens=recent, sink_tokens=0, topk_tokens=1
+        residual_tokens=residual,
+        recent_tokens=recent,
+        sink_tokens=0,
+        topk_tokens=1,
+        full_attention_below=0,
     )
     assume(length > config.exact_below)  # else it is attended in full
     builder: Any = SimpleNamespace(
