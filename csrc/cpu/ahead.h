@@ -8,21 +8,30 @@ namespace {
 // Cache lines of a few arrays that will be read soon.
 class Ahead {
  public:
+  // Arrays that follow each other are one run.
   template <class T>
   void add(const T* data, int64_t count) {
-    const auto* bytes = reinterpret_cast<const char*>(data);
-    runs_[runs_end_++] = {bytes, bytes + count * static_cast<int64_t>(sizeof(T))};
-    left_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), kLine);
+    const auto* begin = reinterpret_cast<const char*>(data);
+    const auto* end = reinterpret_cast<const char*>(data + count);
+    if (count_ == 0 || runs_[count_ - 1].end != begin) runs_[count_++].next = begin;
+    runs_[count_ - 1].end = end;
   }
 
-  // Ask for one of `stages` equal parts of what is left.
-  void ask(int64_t stages) {
-    for (int64_t n = ceil_div(left_, stages); n > 0; --n, --left_) {
-      Run& run = runs_[runs_begin_];
-      __builtin_prefetch(run.next);
-      run.next += kLine;
-      if (run.next >= run.end) ++runs_begin_;
+  // Ask for up to n lines.
+  void ask(int64_t n) {
+    while (current_ < count_) {
+      Run& run = runs_[current_];
+      for (; n > 0 && run.next < run.end; --n, run.next += kLine) __builtin_prefetch(run.next);
+      if (run.next < run.end) return;
+      ++current_;
     }
+  }
+
+  // Ask for one of n equal parts of what is left.
+  void ask_part(int64_t n) {
+    int64_t bytes = 0;
+    for (int i = current_; i < count_; ++i) bytes += runs_[i].end - runs_[i].next;
+    ask(ceil_div(bytes, kLine * n));
   }
 
  private:
@@ -31,8 +40,7 @@ class Ahead {
     const char *next, *end;
   };
   Run runs_[6];
-  int runs_begin_ = 0, runs_end_ = 0;
-  int64_t left_ = 0;
+  int current_ = 0, count_ = 0;
 };
 
 }  // namespace
