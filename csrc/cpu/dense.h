@@ -43,8 +43,7 @@ inline void read_value_scales(const uint16_t* from, int64_t item, int64_t g, int
 }
 
 // Add the cache lines of one group.
-inline void add_lines(const QuantizedDecode& op, const HeadView& view, int64_t unit,
-                      Ahead& ahead) {
+inline void add_lines(const QuantizedDecode& op, const HeadView& view, int64_t unit, Ahead& ahead) {
   const int64_t block = view.table[unit / op.grouping.groups_per_block];
   const int64_t group = unit % op.grouping.groups_per_block, g = op.grouping.group_size;
   const int64_t d = op.decode.shape.head_size, head = view.head;
