@@ -1,5 +1,5 @@
 // Asking for memory ahead of its use, a few cache lines at a time: a core tracks few misses (24 on
-// Zen 4), and what is asked beyond them holds up everything behind it.
+// Zen 4), and what was asked beyond them at once made asking useless (benchmarks/NOTES.md).
 #pragma once
 
 namespace tailorkv::TAILORKV_ISA {
