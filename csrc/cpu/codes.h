@@ -64,10 +64,11 @@ void score_codes_part(const uint8_t* codes, int64_t pitch, int64_t head_size, in
 // q.k of N heads with one group: score[t] = sum over c of q*scale[c] * code[c, t] + sum of q*zero.
 //   codes: [d, g*B/8], rows pitch apart; scale, zero: [padded(d)]
 //   query: [N, padded(d)]; scores: [N, g], rows score_stride apart
+//   ahead: asked for some lines between look-ups
 template <int B, int N, bool Tables>
 void score_codes(const uint8_t* codes, int64_t pitch, int64_t head_size, int64_t group_size,
                  const float* scale, const float* zero, const float* query,
-                 const ProductScratch& scratch, float* scores, int64_t score_stride) {
+                 const ProductScratch& scratch, Ahead& ahead, float* scores, int64_t score_stride) {
   float* scaled = scratch.scaled;
   F offsets[N], magnitudes[N];
   for (int h = 0; h < N; ++h) offsets[h] = magnitudes[h] = splat(0);
@@ -89,8 +90,8 @@ void score_codes(const uint8_t* codes, int64_t pitch, int64_t head_size, int64_t
       float magnitude[N];
       sums(magnitudes, magnitude);
       products_by_table<B, N, false>(codes, pitch, head_size, group_size, scaled, padded(head_size),
-                                     magnitude, offset, scratch.tables, scratch.bytes, scores,
-                                     score_stride);
+                                     magnitude, offset, scratch.tables, scratch.bytes, ahead,
+                                     scores, score_stride);
       return;
     }
   }
@@ -142,7 +143,7 @@ void add_codes_part(const uint8_t* codes, int64_t pitch, int64_t group_size, int
 template <int B, int N, bool Tables>
 void add_codes(const uint8_t* codes, int64_t pitch, int64_t group_size, int64_t begin, int64_t end,
                const float* scale, const float* zero, const float* weights, int64_t weight_stride,
-               const ProductScratch& scratch, float* values, int64_t value_stride) {
+               const ProductScratch& scratch, Ahead& ahead, float* values, int64_t value_stride) {
   float* scaled = scratch.scaled;
   F offsets[N], magnitudes[N];
   for (int h = 0; h < N; ++h) offsets[h] = magnitudes[h] = splat(0);
@@ -168,8 +169,8 @@ void add_codes(const uint8_t* codes, int64_t pitch, int64_t group_size, int64_t 
       float magnitude[N];
       sums(magnitudes, magnitude);
       products_by_table<B, N, true>(codes + c * B / 8, pitch, group_size, whole, scaled, group_size,
-                                    magnitude, offset, scratch.tables, scratch.bytes, values + c,
-                                    value_stride);
+                                    magnitude, offset, scratch.tables, scratch.bytes, ahead,
+                                    values + c, value_stride);
       c += whole;
     }
   }

@@ -42,51 +42,56 @@ inline void read_value_scales(const uint16_t* from, int64_t item, int64_t g, int
   }
 }
 
-inline void prefetch_codes(const QuantizedDecode& op, const HeadView& view, int64_t unit) {
+// Add the cache lines of one group.
+inline void add_lines(const QuantizedDecode& op, const HeadView& view, int64_t unit, Ahead& ahead) {
   const int64_t block = view.table[unit / op.grouping.groups_per_block];
   const int64_t group = unit % op.grouping.groups_per_block, g = op.grouping.group_size;
-  prefetch_record(op.key, block, view.head, group, op.decode.shape.head_size);
-  const uint8_t* codes = at(op.value.codes, block, view.head, group);
-  for (int64_t i = 0; i < g * op.value.codes.item; i += 64) __builtin_prefetch(codes + i);
-  const uint16_t* scale = at(op.value.scale, block, view.head, group);
-  const uint16_t* zero = at(op.value.zero, block, view.head, group);
-  for (int64_t i = 0; i < g * op.value.scale.item; i += 32) {
-    __builtin_prefetch(scale + i);
-    __builtin_prefetch(zero + i);
-  }
+  const int64_t d = op.decode.shape.head_size, head = view.head;
+  // As a record holds them.
+  ahead.add(at(op.key.codes, block, head, group), d * op.key.codes.item);
+  ahead.add(at(op.key.scale, block, head, group), d);
+  ahead.add(at(op.key.zero, block, head, group), d);
+  ahead.add(at(op.value.codes, block, head, group), g * op.value.codes.item);
+  ahead.add(at(op.value.scale, block, head, group), g * op.value.scale.item);
+  ahead.add(at(op.value.zero, block, head, group), g * op.value.zero.item);
 }
 
-// Attend to one group of codes.
+// Attend to one group of codes, asking for the next one's lines between the steps.
 template <int B, bool Tables>
 void attend_codes(const QuantizedDecode& op, const HeadView& view, const CodeScratch& scratch,
-                  int64_t unit, const Partial& partial) {
+                  int64_t unit, Ahead& ahead, const Partial& partial) {
   const Decode& decode = op.decode;
   const int64_t d = decode.shape.head_size, pitch = padded(d), g = op.grouping.group_size;
   const int64_t block = view.table[unit / op.grouping.groups_per_block];
   const int64_t group = unit % op.grouping.groups_per_block, head = view.head;
+  const int64_t value_groups = ceil_div(d, g);
+  int64_t stages = 2 + view.group_heads + value_groups;
+  ahead.ask_part(stages--);
   read_key_scales(op.key, block, head, group, d, scratch.key_scale, scratch.key_zero);
   const uint8_t* key_codes = at(op.key.codes, block, head, group);
   for_heads(view.group_heads, [&](int h, auto heads) {
     score_codes<B, decltype(heads)::value, Tables>(
         key_codes, op.key.codes.item, d, g, scratch.key_scale, scratch.key_zero,
-        view.query + h * pitch, scratch.product, scratch.scores + h * g, g);
+        view.query + h * pitch, scratch.product, ahead, scratch.scores + h * g, g);
   });
+  ahead.ask_part(stages--);
   for (int h = 0; h < view.group_heads; ++h) {
+    ahead.ask_part(stages--);
     softmax_step(scratch.scores + h * g, g, decode.scale, decode.softcap, partial.highest + h,
                  partial.total + h, partial.values + h * pitch, d);
   }
-  const int64_t value_groups = ceil_div(d, g);
   read_value_scales(at(op.value.scale, block, head, group), op.value.scale.item, g, value_groups,
                     scratch.value_scale);
   read_value_scales(at(op.value.zero, block, head, group), op.value.zero.item, g, value_groups,
                     scratch.value_zero);
   const uint8_t* value_codes = at(op.value.codes, block, head, group);
   for (int64_t i = 0; i < value_groups; ++i) {
+    ahead.ask_part(stages--);
     for_heads(view.group_heads, [&](int h, auto heads) {
       add_codes<B, decltype(heads)::value, Tables>(
           value_codes, op.value.codes.item, g, i * g, smaller((i + 1) * g, d),
           scratch.value_scale + i * g, scratch.value_zero + i * g, scratch.scores + h * g, g,
-          scratch.product, partial.values + h * pitch, pitch);
+          scratch.product, ahead, partial.values + h * pitch, pitch);
     });
   }
 }
@@ -116,12 +121,13 @@ void quantized_decode(const QuantizedDecode& op) {
     Partial partial = partial_at(partials + i * size, group_heads);
     clear(partial, group_heads, d);
     const int64_t coded = op.num_quantized[task.row];
-    for (int64_t unit = task.begin; unit < smaller(task.end, coded / g); ++unit) {
-      if (unit + 1 < smaller(task.end, coded / g)) {
-        prefetch_codes(op, view, unit + 1);
-      }
+    const int64_t units = smaller(task.end, coded / g);
+    for (int64_t unit = task.begin; unit < units; ++unit) {
+      Ahead ahead;
+      if (unit + 1 < units) add_lines(op, view, unit + 1, ahead);
       // Tables round factors: they are for caches that are rounded themselves.
-      attend_codes<B, sizeof(T) == 2>(op, view, code_scratch[omp_get_thread_num()], unit, partial);
+      attend_codes<B, sizeof(T) == 2>(op, view, code_scratch[omp_get_thread_num()], unit, ahead,
+                                      partial);
     }
     const int64_t end = smaller(task.end * g, decode.seq_lens[task.row]);
     for (int64_t start = larger(task.begin * g, coded); start < end; start += kBatch) {

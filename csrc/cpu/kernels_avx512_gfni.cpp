@@ -15,6 +15,8 @@
 //
 #include "common.h"
 //
+#include "ahead.h"
+//
 #include "lut.h"
 //
 #include "byte_lut.h"

@@ -108,11 +108,12 @@ inline float build_tables(const float* factors, int64_t n, float magnitude, int1
 //   bytes: [n/8, 64]; tables: [n/8, N, 2, 16]
 //   even, odd: the sums at places 0, 2, .. and 1, 3, ..
 template <int N>
-inline void look_up(const uint8_t* bytes, int64_t n, const int16_t* tables, __m512i (&even)[N],
-                    __m512i (&odd)[N]) {
+inline void look_up(const uint8_t* bytes, int64_t n, const int16_t* tables, Ahead& ahead,
+                    __m512i (&even)[N], __m512i (&odd)[N]) {
   for (int h = 0; h < N; ++h) even[h] = odd[h] = _mm512_setzero_si512();
   const __m512i nibble = _mm512_set1_epi16(15), second = _mm512_set1_epi16(16);
   for (int64_t i = 0; i < n / 8; ++i) {
+    ahead.ask(1);
     // An index has five bits: the fifth is the table of the two.
     __m512i word = _mm512_load_si512(bytes + i * kPlaces);
     __m512i even_low = _mm512_and_si512(word, nibble);
@@ -166,8 +167,8 @@ inline void finish(__m512i even, __m512i odd, float unit, float offset, float* v
 template <int B, int N, bool Add>
 void products_by_table(const uint8_t* codes, int64_t pitch, int64_t n, int64_t count,
                        const float* factors, int64_t factor_stride, const float* magnitude,
-                       const float* offset, int16_t* tables, uint8_t* bytes, float* values,
-                       int64_t value_stride) {
+                       const float* offset, int16_t* tables, uint8_t* bytes, Ahead& ahead,
+                       float* values, int64_t value_stride) {
   float unit[N];
   for (int h = 0; h < N; ++h) {
     unit[h] =
@@ -176,7 +177,7 @@ void products_by_table(const uint8_t* codes, int64_t pitch, int64_t n, int64_t c
   for (int64_t i = 0; i < count; i += kPlaces / B) {
     transpose_all(codes + i * B / 8, pitch, n, bytes);
     __m512i even[N], odd[N];
-    look_up<N>(bytes, n, tables, even, odd);
+    look_up<N>(bytes, n, tables, ahead, even, odd);
     for (int h = 0; h < N; ++h) {
       finish<B, Add>(even[h], odd[h], unit[h], offset[h], values + h * value_stride + i);
     }

@@ -4,6 +4,8 @@
 
 #include "common.h"
 //
+#include "ahead.h"
+//
 #include "attention.h"
 #include "codes.h"
 #include "dense.h"

@@ -64,8 +64,9 @@ inline void score_group(const uint8_t* codes, int64_t pitch, int64_t d, int64_t 
 #endif
   for_heads(queries, [&](int q, auto heads) {
     constexpr int N = decltype(heads)::value;
+    Ahead nothing;
     score_codes<1, N, false>(codes, pitch, d, g, scratch.scale, scratch.zero, query + q * padded(d),
-                             scratch.product, scratch.scores, g);
+                             scratch.product, nothing, scratch.scores, g);
     for (int j = 0; j < N; ++j) keep_best(scratch.scores + j * g, 0, g, q + j == 0);
   });
 }

@@ -50,6 +50,14 @@ inline F pow2(F n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
 }
 inline float sum(F x) { return _mm512_reduce_add_ps(x); }
+// The sums of four vectors at once: a third of the instructions.
+inline void sums(const F (&x)[4], float (&result)[4]) {
+  F first = _mm512_unpacklo_ps(x[0], x[1]) + _mm512_unpackhi_ps(x[0], x[1]);
+  F last = _mm512_unpacklo_ps(x[2], x[3]) + _mm512_unpackhi_ps(x[2], x[3]);
+  F all = _mm512_shuffle_ps(first, last, 0x44) + _mm512_shuffle_ps(first, last, 0xEE);
+  __m256 half = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
+  _mm_storeu_ps(result, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+}
 inline float largest(F x) { return _mm512_reduce_max_ps(x); }
 inline float smallest(F x) { return _mm512_reduce_min_ps(x); }
 inline uint32_t greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }

@@ -16,6 +16,8 @@ CASES = [
     # dtype, layout, heads, G, head_size, block_size, group_size, bits
     (torch.bfloat16, KeyLayout.CHANNEL_MAJOR, 2, 4, 128, 128, 64, 1),
     (torch.bfloat16, KeyLayout.CHANNEL_MAJOR, 2, 4, 128, 128, 64, 2),
+    (torch.bfloat16, KeyLayout.CHANNEL_MAJOR, 1, 8, 256, 128, 64, 2),
+    (torch.bfloat16, KeyLayout.TOKEN_MAJOR, 2, 1, 64, 128, 64, 1),
     (torch.float32, KeyLayout.CHANNEL_MAJOR, 2, 1, 64, 128, 32, 4),
     (torch.float32, KeyLayout.TOKEN_MAJOR, 1, 8, 96, 128, 128, 1),
     (torch.float16, KeyLayout.CHANNEL_MAJOR, 1, 7, 80, 64, 64, 2),
