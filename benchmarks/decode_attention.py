@@ -3,7 +3,8 @@
     python benchmarks/decode_attention.py --context 8192,32768,131072
 
 Both run alternately in one process on the same host pages. Steps rotate among page sets that
-are larger together than the last-level cache, as the layers of a model are. For every case
+are larger together than the last-level cache, as the layers of a model are. They lie in huge
+pages where the system has them, as the cache does in service; both sides gain. For every case
 one line of JSON is printed (or written with `--json FILE`):
 
     layer, index, bits, context, batch, threads   what ran
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 
+from vllm_tailorkv.cache.huge_pages import advise_huge_pages
 from vllm_tailorkv.cache.views import HostPages, derived_pages, host_pages
 from vllm_tailorkv.kernels import ops, reference
 from vllm_tailorkv.kernels.types import ChannelIndex, DerivedPages, OnebitIndex
@@ -126,6 +128,7 @@ class Bench:
         sets = []
         for _ in range(count):
             raw = torch.empty(blocks * self.batch, page_bytes, dtype=torch.uint8)
+            advise_huge_pages(raw)
             host = host_pages(raw[:, : self.layout.host_bytes], self.layout, DTYPE)
             derived = derived_pages(raw[:, self.layout.host_bytes :], self.layout, DTYPE)
             for start in range(0, raw.shape[0], 64):
