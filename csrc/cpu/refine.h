@@ -173,7 +173,7 @@ void refine(const RefineTopk& op) {
     score_candidates<T>(op, refined[pair], task.begin, smaller(task.end, refined[pair].found),
                         rows + pitch * omp_get_thread_num(), scores + pair * size);
   });
-  uint64_t* buffers = take<uint64_t>(buffer_size(k) * num_threads());
+  Ranked buffers = take_ranked(buffer_size(k) * num_threads());
   parallel_for(pairs, [&](int64_t pair) {
     int32_t* indices = op.indices + pair * k;
     const int32_t* candidates = op.candidates + pair * count;
@@ -181,10 +181,9 @@ void refine(const RefineTopk& op) {
     if (refined[pair].found > 0) {
       float* weights = scores + pair * size;
       sum_weights(op, weights, refined[pair].found);
-      uint64_t* keys = buffers + buffer_size(k) * omp_get_thread_num();
-      kept = best_keys(keys, weights, 0, refined[pair].found, k);
-      for (int64_t j = 0; j < kept; ++j) indices[j] = candidates[key_position(keys[j])];
-      sort_positions(indices, kept);
+      Ranked best = buffers + buffer_size(k) * omp_get_thread_num();
+      kept = find_best(best, weights, 0, refined[pair].found, k);
+      for (int64_t j = 0; j < kept; ++j) indices[j] = candidates[best.positions[j]];
     }
     for (int64_t j = kept; j < k; ++j) indices[j] = -1;
   });
