@@ -13,9 +13,10 @@ struct Ranked {
   int32_t *keys, *positions;
 };
 
-inline int32_t rank_key(float score) {
+inline int32_t rank_key(int32_t bits) {
+  float score;
+  __builtin_memcpy(&score, &bits, 4);
   score += 0.0f;  // -0.0 equals 0.0
-  int32_t bits;
   __builtin_memcpy(&bits, &score, 4);
   return bits ^ ((bits >> 31) & 0x7FFFFFFF);
 }
@@ -29,7 +30,8 @@ inline float key_score(int32_t key) {
 constexpr int64_t kUnrolled = 4 * W;
 
 // Places of a buffer of `Ranked` for k.
-inline int64_t buffer_size(int64_t k) { return k + larger(k, 512) + kUnrolled; }
+// Beyond the capacity there is room for one more round, and for what `pack` writes behind it.
+inline int64_t buffer_size(int64_t k) { return k + larger(k, 512) + 2 * kUnrolled; }
 
 inline Ranked take_ranked(int64_t n) { return Ranked{take<int32_t>(n), take<int32_t>(n)}; }
 inline Ranked operator+(Ranked ranked, int64_t n) {
@@ -62,17 +64,16 @@ inline int32_t keep_best(Ranked ranked, int64_t n, int64_t k) {
   }
   const auto threshold = static_cast<int32_t>(low);
   // Where more than k reach it, it is the k-th best key itself, and the last of its equals go.
-  int64_t spare = reaching - k, equal = 0, kept = 0;
-  if (spare > 0) {
-    for (int64_t i = 0; i < n; ++i) equal += keys[i] == threshold;
-  }
-  int64_t places = equal - spare;
+  int32_t equal = 0;
+  for (int64_t i = 0; i < n; ++i) equal += keys[i] == threshold;
+  int64_t places = equal - (reaching - k), kept = 0;
+  // Without a branch, as none could be foreseen.
   for (int64_t i = 0; i < n; ++i) {
     const int32_t key = keys[i];
-    const bool tied = spare > 0 && key == threshold;
+    const int tied = key == threshold;
     keys[kept] = key;
     ranked.positions[kept] = ranked.positions[i];
-    kept += key >= threshold && (!tied || places > 0);
+    kept += (key >= threshold) & ((tied ^ 1) | (places > 0));
     places -= tied;
   }
   return threshold;
@@ -82,35 +83,37 @@ inline int32_t keep_best(Ranked ranked, int64_t n, int64_t k) {
 //   scores: [S]; ranked: [buffer_size(k)]
 // Returns how many there are.
 int64_t find_best(Ranked ranked, const float* scores, int64_t begin, int64_t end, int64_t k) {
-  const int64_t capacity = buffer_size(k) - kUnrolled;
+  const int64_t capacity = buffer_size(k) - 2 * kUnrolled;
   int64_t count = smaller(end - begin, capacity), i = begin + count;
-  for (int64_t j = 0; j < count; ++j) {
-    ranked.keys[j] = rank_key(scores[begin + j]);
-    ranked.positions[j] = static_cast<int32_t>(begin + j);
-  }
+  if (count > 0) __builtin_memcpy(ranked.keys, scores + begin, static_cast<size_t>(count) * 4);
+  for (int64_t j = 0; j < count; ++j) ranked.positions[j] = static_cast<int32_t>(begin + j);
+  // Keys of the buffer that are no longer plain bits of scores.
+  int64_t converted = 0;
   float threshold = 0;
   auto shrink = [&] {
+    for (int64_t j = converted; j < count; ++j) ranked.keys[j] = rank_key(ranked.keys[j]);
+    converted = count;
     if (count <= k) return;
     threshold = key_score(keep_best(ranked, count, k));
-    count = k;
-  };
-  auto push = [&](int64_t position) {
-    ranked.keys[count] = rank_key(scores[position]);
-    ranked.positions[count++] = static_cast<int32_t>(position);
+    converted = count = k;
   };
   if (i < end) shrink();
   // A score that equals the threshold stands behind those that are in: they came earlier.
   for (; i + kUnrolled <= end; i += kUnrolled) {
     F limit = splat(threshold);
-    uint64_t passing = 0;
+    uint32_t passing[4];
+    for (int j = 0; j < 4; ++j) passing[j] = greater(load(scores + i + j * W), limit);
+    if ((passing[0] | passing[1] | passing[2] | passing[3]) == 0) continue;
     for (int j = 0; j < 4; ++j) {
-      passing |= static_cast<uint64_t>(greater(load(scores + i + j * W), limit)) << (j * W);
+      count += pack(load(scores + i + j * W), static_cast<int32_t>(i + j * W), passing[j],
+                    ranked.keys + count, ranked.positions + count);
     }
-    for (; passing != 0; passing &= passing - 1) push(i + __builtin_ctzll(passing));
     if (count > capacity) shrink();
   }
   for (; i < end; ++i) {
-    if (scores[i] > threshold) push(i);
+    if (!(scores[i] > threshold)) continue;
+    __builtin_memcpy(ranked.keys + count, scores + i, 4);
+    ranked.positions[count++] = static_cast<int32_t>(i);
   }
   shrink();
   return count;
