@@ -214,9 +214,10 @@ void prefetch_value(const HeadView& view, int64_t position) {
   for (int64_t c = 0; c < view.op->shape.head_size; c += kLine) __builtin_prefetch(v + c, 0, 2);
 }
 
-// Gather a tile of tokens whose channels lie apart, and ask for the first ones of the next: every
+// Gather a tile of tokens whose channels lie apart, and ask for the tokens that follow: every
 // element is a cache line of its own.
-//   keys: [kTile + kTogether]; offsets: [count], of the channels; tile: [count, kTile]
+//   keys: [kTile + kTogether], the next tile's first ones behind; offsets: [count], of the
+//   channels; tile: [count, kTile]
 template <class T>
 void gather_tile(const T* const* keys, const int64_t* offsets, int64_t count, T* tile) {
   static_assert(kTogether == 4 && kTile % kTogether == 0);
@@ -226,11 +227,11 @@ void gather_tile(const T* const* keys, const int64_t* offsets, int64_t count, T*
     const T *next_a = next[0], *next_b = next[1], *next_c = next[2], *next_d = next[3];
     for (int64_t j = 0; j < count; ++j) {
       const int64_t offset = offsets[j];
-      T* to = tile + j * kTile + i;
       __builtin_prefetch(next_a + offset);
       __builtin_prefetch(next_b + offset);
       __builtin_prefetch(next_c + offset);
       __builtin_prefetch(next_d + offset);
+      T* to = tile + j * kTile + i;
       to[0] = a[offset];
       to[1] = b[offset];
       to[2] = c[offset];

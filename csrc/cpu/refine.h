@@ -6,8 +6,8 @@ namespace {
 
 // Candidates asked for ahead of the one at work, where their channels lie side by side.
 constexpr int64_t kCandidatesAhead = 3;
-// Candidates whose K tells which channels count.
-constexpr int64_t kSamples = 16;
+// A tile of candidates tells which channels count.
+static_assert(kTile == 16, "the contract says how many");
 
 // What one row and KV head need.
 //   candidates: [C], ascending, the first `found` of them positions
@@ -27,23 +27,52 @@ const T* candidate_key(const RefineTopk& op, const Refined& refined, int64_t i) 
                position % block_size, 0);
 }
 
+// Scratch of one thread.
+//   weight: [padded(d)]; ranked: [d]; keys: [C + kTile + kTogether]; tile: [d, kTile], of any dtype
+//   tile_scores: [G, kTile]; offsets: [d]
+struct RefineScratch {
+  float* weight;
+  Ranked ranked;
+  const void** keys;
+  float *tile, *tile_scores;
+  int64_t* offsets;
+};
+
+inline RefineScratch take_refine_scratch(const RefineTopk& op) {
+  const int64_t d = padded(op.shape.head_size);
+  return RefineScratch{take<float>(d),
+                       take_ranked(d),
+                       take<const void*>(op.candidate_count + kTile + kTogether),
+                       take<float>(d * kTile),
+                       take<float>(op.query_heads / op.shape.kv_heads * kTile),
+                       take<int64_t>(d)};
+}
+
 // Choose the channels, take the query's values there.
-//   query: [G, d]; weight: scratch [d]
+//   query: [G, d]
 template <class T>
-void prepare(const RefineTopk& op, const T* query, float* weight, const Refined& refined) {
+void prepare(const RefineTopk& op, const T* query, const RefineScratch& scratch,
+             const Refined& refined) {
+  float* weight = scratch.weight;
   const int64_t d = op.shape.head_size, group_heads = op.query_heads / op.shape.kv_heads;
   const int64_t pitch = padded(refined.count);
   if (refined.count == d) {
     for (int64_t c = 0; c < d; ++c) refined.channels[c] = static_cast<int32_t>(c);
   } else {
-    for (int64_t c = 0; c < d; ++c) weight[c] = 0;
-    const int64_t samples = smaller(kSamples, refined.found);
-    for (int64_t i = 0; i < samples; ++i) {
-      const T* key = candidate_key<T>(op, refined, i * refined.found / samples);
-      for (int64_t c = 0; c < d; ++c) {
-        float magnitude = __builtin_fabsf(to_float(key[c * op.key_cache.channel]));
-        weight[c] = magnitude > weight[c] ? magnitude : weight[c];
+    const int64_t samples = smaller(kTile, refined.found);
+    auto** keys = reinterpret_cast<const T**>(scratch.keys);
+    for (int64_t i = 0; i < kTile + kTogether; ++i) {
+      keys[i] = candidate_key<T>(op, refined, smaller(i, samples - 1) * refined.found / samples);
+    }
+    for (int64_t c = 0; c < d; ++c) scratch.offsets[c] = c * op.key_cache.channel;
+    T* tile = reinterpret_cast<T*>(scratch.tile);
+    gather_tile(keys, scratch.offsets, d, tile);
+    for (int64_t c = 0; c < d; ++c) {
+      F magnitude = splat(0);
+      for (int64_t v = 0; v < kTile; v += W) {
+        magnitude = max(magnitude, abs(load(tile + c * kTile + v)));
       }
+      weight[c] = largest(magnitude);
     }
     for (int64_t c = 0; c < d; ++c) {
       float most = 0;
@@ -53,8 +82,7 @@ void prepare(const RefineTopk& op, const T* query, float* weight, const Refined&
       }
       weight[c] *= most;
     }
-    choose_channels(weight, d, refined.count, refined.channels);
-    sort_positions(refined.channels, refined.count);
+    choose_channels(weight, d, refined.count, scratch.ranked, refined.channels);
   }
   for (int64_t h = 0; h < group_heads; ++h) {
     float* to = refined.query + h * pitch;
@@ -62,23 +90,6 @@ void prepare(const RefineTopk& op, const T* query, float* weight, const Refined&
       to[i] = to_float(query[h * d + refined.channels[i]]);
     for (int64_t i = refined.count; i < pitch; ++i) to[i] = 0;
   }
-}
-
-// Scratch of one thread.
-//   weight: [padded(d)]; keys: [C + kTile + kTogether]; tile: [d, kTile], of any dtype
-//   tile_scores: [G, kTile]; offsets: [d]
-struct RefineScratch {
-  float* weight;
-  const void** keys;
-  float *tile, *tile_scores;
-  int64_t* offsets;
-};
-
-inline RefineScratch take_refine_scratch(const RefineTopk& op) {
-  const int64_t d = padded(op.shape.head_size);
-  return RefineScratch{take<float>(d), take<const void*>(op.candidate_count + kTile + kTogether),
-                       take<float>(d * kTile),
-                       take<float>(op.query_heads / op.shape.kv_heads * kTile), take<int64_t>(d)};
 }
 
 // Scores of candidates [begin, end), all channels of which lie side by side.
@@ -188,8 +199,10 @@ void refine(const RefineTopk& op) {
                             channels,
                             chosen + pair * channels,
                             queries + pair * query_size};
-    prepare<T>(op, static_cast<const T*>(op.query) + pair * group_heads * d,
-               scratches[omp_get_thread_num()].weight, refined[pair]);
+    if (found > 0) {
+      prepare<T>(op, static_cast<const T*>(op.query) + pair * group_heads * d,
+                 scratches[omp_get_thread_num()], refined[pair]);
+    }
   });
   Tasks tasks = cut(op.rows, op.shape.kv_heads, 32, INT32_MAX, [&](int32_t) { return count; });
   parallel_for(tasks.count, [&](int64_t i) {

@@ -108,19 +108,6 @@ void score_onebit(const ScoreOnebit& op) {
   });
 }
 
-// The channels with the largest weights, the lower one first among equals.
-//   weight: [d], reduced to -1 where chosen; channels: [count]
-inline void choose_channels(float* weight, int64_t d, int64_t count, int32_t* channels) {
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t best = 0;
-    for (int64_t c = 1; c < d; ++c) {
-      if (weight[c] > weight[best]) best = c;
-    }
-    channels[i] = static_cast<int32_t>(best);
-    weight[best] = -1;
-  }
-}
-
 // Blocks, of one head each, whose channels are asked for ahead of the one at work.
 constexpr int64_t kKeysAhead = 4;
 
@@ -199,7 +186,7 @@ struct MagnitudeBits<float> {
 constexpr int64_t kRecords = 4;
 
 // Pick the critical channels of every row and KV head.
-//   channels: [R, Hk, count]
+//   channels: [R, Hk, count], ascending
 template <class T>
 void find_channels(const ScoreChannels& op, int64_t count, int32_t* channels) {
   const ScoreTokens& score = op.score;
@@ -231,6 +218,7 @@ void find_channels(const ScoreChannels& op, int64_t count, int32_t* channels) {
     }
   });
   float* weight = take<float>(pitch);
+  Ranked ranked = take_ranked(d);
   for (int64_t i = 0; i < tasks.count;) {
     const Task& task = tasks.data[i];
     const int64_t pair = task.row * heads + task.head;
@@ -253,7 +241,7 @@ void find_channels(const ScoreChannels& op, int64_t count, int32_t* channels) {
       }
       weight[c] *= most;
     }
-    choose_channels(weight, d, count, channels + pair * count);
+    choose_channels(weight, d, count, ranked, channels + pair * count);
   }
 }
 

@@ -1,8 +1,8 @@
 // select_topk: one pass over the scores with a rising threshold. Few scores pass it, so that the
 // pass runs at the speed of memory; those that do wait in a buffer, which is cut to the k best
-// whenever it is full and then raises the threshold. Buffers stay in ascending order of position, so
-// nothing is ever sorted: the cut looks for the k-th best key by bisection, whose counts are loops
-// over vectors without a branch.
+// whenever it is full and then raises the threshold. Buffers stay in ascending order of position,
+// so nothing is ever sorted: the cut looks for the k-th best key by bisection, whose counts are
+// loops over vectors without a branch.
 #pragma once
 
 namespace tailorkv::TAILORKV_ISA {
@@ -39,7 +39,8 @@ inline Ranked operator+(Ranked ranked, int64_t n) {
 }
 
 // Keep the k best of n > k entries, those at the front first among equals.
-// Returns a key that all those reach; a later entry that does not exceed it cannot be among the best.
+// Returns a key that all those reach; a later entry that does not exceed it cannot be among the
+// best.
 inline int32_t keep_best(Ranked ranked, int64_t n, int64_t k) {
   int32_t* keys = ranked.keys;
   int32_t lowest = keys[0], highest = keys[0];
@@ -77,6 +78,19 @@ inline int32_t keep_best(Ranked ranked, int64_t n, int64_t k) {
     places -= tied;
   }
   return threshold;
+}
+
+// The channels with the largest weights, ascending; the lower one is taken among equals.
+//   weight: [d]; ranked: [d]; channels: [count], count <= d
+inline void choose_channels(const float* weight, int64_t d, int64_t count, Ranked ranked,
+                            int32_t* channels) {
+  __builtin_memcpy(ranked.keys, weight, static_cast<size_t>(d) * 4);
+  for (int64_t c = 0; c < d; ++c) {
+    ranked.keys[c] = rank_key(ranked.keys[c]);
+    ranked.positions[c] = static_cast<int32_t>(c);
+  }
+  if (count < d) keep_best(ranked, d, count);
+  __builtin_memcpy(channels, ranked.positions, static_cast<size_t>(count) * 4);
 }
 
 // The min(k, end - begin) best scores of [begin, end), in ascending order of position.

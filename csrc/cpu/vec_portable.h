@@ -8,10 +8,9 @@
 //   store(p, x[, n])  W (or the first n) floats
 //   fma, max, min, abs, round_even, pow2 (of whole exponents in [-126, 127])
 //   sum, largest, smallest over the lanes; greater(a, b) one bit a lane
-//   pack              the bits of the lanes of a mask and position + lane, W written at most; how many
-//   store_bytes       whole numbers in [0, 255] as W bytes
-//   load_codes<B>     codes i .. i+W-1 of a packed run, i a multiple of W
-//   accumulate        sum + codes * x
+//   pack              the bits of the lanes of a mask and position + lane, W written at most; how
+//   many store_bytes       whole numbers in [0, 255] as W bytes load_codes<B>     codes i .. i+W-1
+//   of a packed run, i a multiple of W accumulate        sum + codes * x
 #pragma once
 
 #include <math.h>
