@@ -8,6 +8,7 @@ import torch
 from speed.inputs import Inputs
 from speed.machine import free_bytes
 from speed.shapes import BLOCK_SIZE, DTYPE
+from vllm_tailorkv.cache.huge_pages import advise_huge_pages
 from vllm_tailorkv.cache.views import HostPages, derived_pages, host_pages
 from vllm_tailorkv.kernels import ops
 from vllm_tailorkv.kernels.types import DerivedPages
@@ -27,7 +28,7 @@ class PageSet:
 
 
 def make_sets(inputs: Inputs, layout: PageLayout, bytes_read: int) -> list[PageSet]:
-    """Random pages; K has channels of very different sizes, as models do.
+    """Random pages, huge where the system has them; K's channels differ much, as models' do.
 
     Args:
         bytes_read: by a step; sets are so many that steps on all of them read more than the
@@ -43,6 +44,7 @@ def make_sets(inputs: Inputs, layout: PageLayout, bytes_read: int) -> list[PageS
     sets = []
     for _ in range(count):
         raw = torch.empty(blocks * inputs.batch, page_bytes, dtype=torch.uint8)
+        advise_huge_pages(raw)
         host = host_pages(raw[:, : layout.host_bytes], layout, DTYPE)
         derived = derived_pages(raw[:, layout.host_bytes :], layout, DTYPE)
         for start in range(0, raw.shape[0], 64):

@@ -152,20 +152,36 @@ struct HeadView {
 
 // Scratch of one thread for exact tokens.
 //   scores: [G, kBatch]; positions: [kBatch]; rows: [kBatch]
-//   row: [padded(d)]; gathered: [kBatch, padded(d)], null where V rows are contiguous
+//   places: [kBatch]; keys: [kBatch + kTile + kTogether], for tokens gathered one by one; tile: [d,
+//   kTile], of any dtype; tile_scores: [G, kTile]; offsets: [d], of K's channels
+//   gathered: [kBatch, padded(d)], null where V rows are contiguous
 struct ExactScratch {
   float* scores;
   int32_t* positions;
   const void** rows;
-  float* row;
+  int32_t* places;
+  const void** keys;
+  float *tile, *tile_scores;
+  int64_t* offsets;
   float* gathered;
 };
+
+// Tokens of a tile, and those among them gathered side by side.
+constexpr int64_t kTile = 16, kTogether = 4;
 
 inline ExactScratch take_exact_scratch(const Decode& op) {
   const int64_t d = padded(op.shape.head_size);
   const int64_t group_heads = op.query_heads / op.shape.kv_heads;
-  return ExactScratch{take<float>(group_heads * kBatch), take<int32_t>(kBatch),
-                      take<const void*>(kBatch), take<float>(d),
+  int64_t* offsets = take<int64_t>(d);
+  for (int64_t c = 0; c < d; ++c) offsets[c] = c * op.key_cache.channel;
+  return ExactScratch{take<float>(group_heads * kBatch),
+                      take<int32_t>(kBatch),
+                      take<const void*>(kBatch),
+                      take<int32_t>(kBatch),
+                      take<const void*>(kBatch + kTile + kTogether),
+                      take<float>(d * kTile),
+                      take<float>(group_heads * kTile),
+                      offsets,
                       op.value_cache.channel == 1 ? nullptr : take<float>(kBatch * d)};
 }
 
@@ -189,20 +205,73 @@ void gather_row(float* to, const T* from, int64_t stride, int64_t n) {
   for (int64_t c = n; c < padded(n); ++c) to[c] = 0;
 }
 
-// Ask for the cache lines of a token's K and V.
+// Ask for the cache lines of a token's V into the second-level cache: all of them together do not
+// fit the first.
 template <class T>
-void prefetch_token(const HeadView& view, int64_t position, bool key) {
+void prefetch_value(const HeadView& view, int64_t position) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  const Decode& op = *view.op;
-  if (key) {
-    const T* k = key_at<T>(view, position);
-    const int64_t step = op.key_cache.channel == 1 ? kLine : 1;
-    for (int64_t c = 0; c < op.shape.head_size; c += step) {
-      __builtin_prefetch(k + c * op.key_cache.channel);
+  const T* v = value_at<T>(view, position);
+  for (int64_t c = 0; c < view.op->shape.head_size; c += kLine) __builtin_prefetch(v + c, 0, 2);
+}
+
+// Gather a tile of tokens whose channels lie apart, and ask for the tokens that follow: every
+// element is a cache line of its own.
+//   keys: [kTile + kTogether], the next tile's first ones behind; offsets: [count], of the
+//   channels; tile: [count, kTile]
+template <class T>
+void gather_tile(const T* const* keys, const int64_t* offsets, int64_t count, T* tile) {
+  static_assert(kTogether == 4 && kTile % kTogether == 0);
+  for (int64_t i = 0; i < kTile; i += kTogether) {
+    const T *a = keys[i], *b = keys[i + 1], *c = keys[i + 2], *d = keys[i + 3];
+    const T* const* next = keys + i + kTogether;
+    const T *next_a = next[0], *next_b = next[1], *next_c = next[2], *next_d = next[3];
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t offset = offsets[j];
+      __builtin_prefetch(next_a + offset);
+      __builtin_prefetch(next_b + offset);
+      __builtin_prefetch(next_c + offset);
+      __builtin_prefetch(next_d + offset);
+      T* to = tile + j * kTile + i;
+      to[0] = a[offset];
+      to[1] = b[offset];
+      to[2] = c[offset];
+      to[3] = d[offset];
     }
   }
-  const T* v = value_at<T>(view, position);
-  for (int64_t c = 0; c < op.shape.head_size; c += kLine) __builtin_prefetch(v + c);
+}
+
+// q.k of the tokens of a tile with G heads.
+//   tile: [count, kTile]; query: [G, pitch]; scores: [G, kTile]
+template <class T>
+void score_tile(const T* tile, int64_t count, const float* query, int64_t pitch, int group_heads,
+                float* scores) {
+  for_heads(group_heads, [&](int h, auto heads) {
+    constexpr int N = decltype(heads)::value;
+    for (int64_t v = 0; v < kTile; v += W) {
+      F totals[N];
+      score_columns<N>(tile + v, kTile, nullptr, count, query + h * pitch, pitch, W, totals);
+      for (int j = 0; j < N; ++j) store(scores + (h + j) * kTile + v, totals[j]);
+    }
+  });
+}
+
+// Scores of n positions where the channels of a token lie side by side.
+template <class T>
+void score_rows(const HeadView& view, const ExactScratch& scratch, int64_t n) {
+  const int64_t d = view.op->shape.head_size, pitch = padded(d);
+  constexpr int64_t kAhead = 2, kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < n; ++i) {
+    if (i + kAhead < n) {
+      const T* next = key_at<T>(view, scratch.positions[i + kAhead]);
+      for (int64_t c = 0; c < d; c += kLine) __builtin_prefetch(next + c);
+    }
+    prefetch_value<T>(view, scratch.positions[i]);
+    const T* key = key_at<T>(view, scratch.positions[i]);
+    for_heads(view.group_heads, [&](int h, auto heads) {
+      constexpr int N = decltype(heads)::value;
+      score_row<N>(key, d, view.query + h * pitch, scratch.scores + h * kBatch + i, kBatch);
+    });
+  }
 }
 
 // Scores of n positions in ascending order.
@@ -210,48 +279,48 @@ template <class T>
 void score_exact(const HeadView& view, const ExactScratch& scratch, int64_t n) {
   const Decode& op = *view.op;
   const Cache& cache = op.key_cache;
+  if (cache.channel == 1) return score_rows<T>(view, scratch, n);
   const int32_t* positions = scratch.positions;
   const int64_t d = op.shape.head_size, block_size = op.shape.block_size, pitch = padded(d);
-  // Shorter runs of a channel-major block are gathered token by token.
+  // Shorter runs are gathered token by token.
   constexpr int64_t kRun = 4;
-  constexpr int64_t kAhead = 2;
-  int64_t asked = 0;
-  for (int64_t i = 0; i < n;) {
-    int64_t run = 1;
-    while (i + run < n && run < W && positions[i + run] == positions[i + run - 1] + 1 &&
-           positions[i + run] % block_size != 0) {
-      ++run;
+  auto** keys = reinterpret_cast<const T**>(scratch.keys);
+  int64_t single = 0;
+  for (int64_t i = 0, run = 1; i < n; i += run) {
+    for (run = 1; i + run < n && run < W; ++run) {
+      const int32_t next = positions[i + run];
+      if (next != positions[i + run - 1] + 1 || next % block_size == 0) break;
     }
-    for (asked = larger(asked, i + 1); asked < smaller(n, i + run + kAhead); ++asked) {
-      bool neighbour = positions[asked] == positions[asked - 1] + 1;
-      prefetch_token<T>(view, positions[asked], !neighbour || cache.channel == 1);
-    }
+    for (int64_t j = i; j < i + run; ++j) prefetch_value<T>(view, positions[j]);
     const T* key = key_at<T>(view, positions[i]);
-    if (cache.token == 1 && run >= kRun) {
-      for_heads(view.group_heads, [&](int h, auto heads) {
-        constexpr int N = decltype(heads)::value;
-        F totals[N];
-        score_columns<N>(key, cache.channel, nullptr, d, view.query + h * pitch, pitch,
-                         static_cast<int>(run), totals);
-        for (int j = 0; j < N; ++j) {
-          store(scratch.scores + (h + j) * kBatch + i, totals[j], static_cast<int>(run));
-        }
-      });
-      i += run;
+    if (cache.token != 1 || run < kRun) {
+      for (int64_t j = 0; j < run; ++j, ++single) {
+        keys[single] = key + j * cache.token;
+        scratch.places[single] = static_cast<int32_t>(i + j);
+      }
       continue;
     }
-    for (int64_t end = i + run; i < end; ++i, key += cache.token) {
-      if (cache.channel != 1) gather_row(scratch.row, key, cache.channel, d);
-      for_heads(view.group_heads, [&](int h, auto heads) {
-        constexpr int N = decltype(heads)::value;
-        float* scores = scratch.scores + h * kBatch + i;
-        if (cache.channel == 1) {
-          score_row<N>(key, d, view.query + h * pitch, scores, kBatch);
-        } else {
-          score_row<N>(static_cast<const float*>(scratch.row), d, view.query + h * pitch, scores,
-                       kBatch);
-        }
-      });
+    for_heads(view.group_heads, [&](int h, auto heads) {
+      constexpr int N = decltype(heads)::value;
+      F totals[N];
+      score_columns<N>(key, cache.channel, nullptr, d, view.query + h * pitch, pitch,
+                       static_cast<int>(run), totals);
+      for (int j = 0; j < N; ++j) {
+        store(scratch.scores + (h + j) * kBatch + i, totals[j], static_cast<int>(run));
+      }
+    });
+  }
+  if (single == 0) return;
+  for (int64_t i = 0; i < kTile + kTogether; ++i) keys[single + i] = keys[single - 1];
+  T* tile = reinterpret_cast<T*>(scratch.tile);
+  for (int64_t first = 0; first < single; first += kTile) {
+    gather_tile(keys + first, scratch.offsets, d, tile);
+    score_tile(tile, d, view.query, pitch, view.group_heads, scratch.tile_scores);
+    const int64_t count = smaller(kTile, single - first);
+    for (int h = 0; h < view.group_heads; ++h) {
+      for (int64_t i = 0; i < count; ++i) {
+        scratch.scores[h * kBatch + scratch.places[first + i]] = scratch.tile_scores[h * kTile + i];
+      }
     }
   }
 }

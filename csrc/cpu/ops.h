@@ -11,12 +11,12 @@
 #include "dense.h"
 #include "preference.h"
 #include "quantize.h"
-#include "score.h"
 #include "sparse.h"
 #include "topk.h"
+#include "write.h"
 //
 #include "refine.h"
-#include "write.h"
+#include "score.h"
 
 #define TAILORKV_STRING_OF(x) #x
 #define TAILORKV_STRING(x) TAILORKV_STRING_OF(x)

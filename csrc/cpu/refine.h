@@ -4,10 +4,10 @@
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 
-// Candidates asked for ahead of the one at work.
+// Candidates asked for ahead of the one at work, where their channels lie side by side.
 constexpr int64_t kCandidatesAhead = 3;
-// Candidates whose K tells which channels count.
-constexpr int64_t kSamples = 16;
+// A tile of candidates tells which channels count.
+static_assert(kTile == 16, "the contract says how many");
 
 // What one row and KV head need.
 //   candidates: [C], ascending, the first `found` of them positions
@@ -27,23 +27,52 @@ const T* candidate_key(const RefineTopk& op, const Refined& refined, int64_t i) 
                position % block_size, 0);
 }
 
+// Scratch of one thread.
+//   weight: [padded(d)]; ranked: [d]; keys: [C + kTile + kTogether]; tile: [d, kTile], of any dtype
+//   tile_scores: [G, kTile]; offsets: [d]
+struct RefineScratch {
+  float* weight;
+  Ranked ranked;
+  const void** keys;
+  float *tile, *tile_scores;
+  int64_t* offsets;
+};
+
+inline RefineScratch take_refine_scratch(const RefineTopk& op) {
+  const int64_t d = padded(op.shape.head_size);
+  return RefineScratch{take<float>(d),
+                       take_ranked(d),
+                       take<const void*>(op.candidate_count + kTile + kTogether),
+                       take<float>(d * kTile),
+                       take<float>(op.query_heads / op.shape.kv_heads * kTile),
+                       take<int64_t>(d)};
+}
+
 // Choose the channels, take the query's values there.
-//   query: [G, d]; weight: scratch [d]
+//   query: [G, d]
 template <class T>
-void prepare(const RefineTopk& op, const T* query, float* weight, const Refined& refined) {
+void prepare(const RefineTopk& op, const T* query, const RefineScratch& scratch,
+             const Refined& refined) {
+  float* weight = scratch.weight;
   const int64_t d = op.shape.head_size, group_heads = op.query_heads / op.shape.kv_heads;
   const int64_t pitch = padded(refined.count);
   if (refined.count == d) {
     for (int64_t c = 0; c < d; ++c) refined.channels[c] = static_cast<int32_t>(c);
   } else {
-    for (int64_t c = 0; c < d; ++c) weight[c] = 0;
-    const int64_t samples = smaller(kSamples, refined.found);
-    for (int64_t i = 0; i < samples; ++i) {
-      const T* key = candidate_key<T>(op, refined, i * refined.found / samples);
-      for (int64_t c = 0; c < d; ++c) {
-        float magnitude = __builtin_fabsf(to_float(key[c * op.key_cache.channel]));
-        weight[c] = magnitude > weight[c] ? magnitude : weight[c];
+    const int64_t samples = smaller(kTile, refined.found);
+    auto** keys = reinterpret_cast<const T**>(scratch.keys);
+    for (int64_t i = 0; i < kTile + kTogether; ++i) {
+      keys[i] = candidate_key<T>(op, refined, smaller(i, samples - 1) * refined.found / samples);
+    }
+    for (int64_t c = 0; c < d; ++c) scratch.offsets[c] = c * op.key_cache.channel;
+    T* tile = reinterpret_cast<T*>(scratch.tile);
+    gather_tile(keys, scratch.offsets, d, tile);
+    for (int64_t c = 0; c < d; ++c) {
+      F magnitude = splat(0);
+      for (int64_t v = 0; v < kTile; v += W) {
+        magnitude = max(magnitude, abs(load(tile + c * kTile + v)));
       }
+      weight[c] = largest(magnitude);
     }
     for (int64_t c = 0; c < d; ++c) {
       float most = 0;
@@ -53,8 +82,7 @@ void prepare(const RefineTopk& op, const T* query, float* weight, const Refined&
       }
       weight[c] *= most;
     }
-    choose_channels(weight, d, refined.count, refined.channels);
-    sort_positions(refined.channels, refined.count);
+    choose_channels(weight, d, refined.count, scratch.ranked, refined.channels);
   }
   for (int64_t h = 0; h < group_heads; ++h) {
     float* to = refined.query + h * pitch;
@@ -64,45 +92,53 @@ void prepare(const RefineTopk& op, const T* query, float* weight, const Refined&
   }
 }
 
-// Scores of candidates [begin, end) of one row and KV head, by all its G query heads.
-//   row: scratch [padded(count)], zeros beyond count; scores: [G, padded(C)]
+// Scores of candidates [begin, end), all channels of which lie side by side.
+//   scores: [G, padded(C)]
 template <class T>
-void score_candidates(const RefineTopk& op, const Refined& refined, int64_t begin, int64_t end,
-                      float* row, float* scores) {
+void score_candidate_rows(const RefineTopk& op, const Refined& refined, int64_t begin, int64_t end,
+                          float* scores) {
   const int64_t stride = padded(op.candidate_count), pitch = padded(refined.count);
-  const int64_t channel = op.key_cache.channel;
-  const bool whole_rows = channel == 1 && refined.count == op.shape.head_size;
   constexpr int64_t kLine = 64 / sizeof(T);
-  auto ask = [&](int64_t i) {
-    if (i >= end) return;
-    const T* key = candidate_key<T>(op, refined, i);
-    if (whole_rows) {
-      for (int64_t c = 0; c < refined.count; c += kLine) __builtin_prefetch(key + c);
-    } else {
-      for (int64_t j = 0; j < refined.count; ++j) {
-        __builtin_prefetch(key + refined.channels[j] * channel);
-      }
-    }
-  };
-  for (int64_t i = begin; i < begin + kCandidatesAhead; ++i) ask(i);
   for (int64_t i = begin; i < end; ++i) {
-    ask(i + kCandidatesAhead);
-    const T* key = candidate_key<T>(op, refined, i);
-    if (!whole_rows) {
-      for (int64_t j = 0; j < refined.count; ++j) {
-        row[j] = to_float(key[refined.channels[j] * channel]);
-      }
+    if (i + kCandidatesAhead < end) {
+      const T* next = candidate_key<T>(op, refined, i + kCandidatesAhead);
+      for (int64_t c = 0; c < refined.count; c += kLine) __builtin_prefetch(next + c);
     }
+    const T* key = candidate_key<T>(op, refined, i);
     for_heads(op.query_heads / op.shape.kv_heads, [&](int h, auto heads) {
       constexpr int N = decltype(heads)::value;
-      float* to = scores + h * stride + i;
-      if (whole_rows) {
-        score_row<N>(key, refined.count, refined.query + h * pitch, to, stride);
-      } else {
-        score_row<N>(static_cast<const float*>(row), refined.count, refined.query + h * pitch, to,
-                     stride);
-      }
+      score_row<N>(key, refined.count, refined.query + h * pitch, scores + h * stride + i, stride);
     });
+  }
+}
+
+// Scores of candidates [begin, end) of one row and KV head, by all its G query heads.
+//   scores: [G, padded(C)]
+template <class T>
+void score_candidates(const RefineTopk& op, const Refined& refined, int64_t begin, int64_t end,
+                      const RefineScratch& scratch, float* scores) {
+  if (begin >= end) return;
+  if (op.key_cache.channel == 1 && refined.count == op.shape.head_size) {
+    return score_candidate_rows<T>(op, refined, begin, end, scores);
+  }
+  const int64_t stride = padded(op.candidate_count), n = end - begin;
+  const int group_heads = op.query_heads / op.shape.kv_heads;
+  auto** keys = reinterpret_cast<const T**>(scratch.keys);
+  for (int64_t i = 0; i < n; ++i) keys[i] = candidate_key<T>(op, refined, begin + i);
+  for (int64_t i = 0; i < kTile + kTogether; ++i) keys[n + i] = keys[n - 1];
+  for (int64_t i = 0; i < refined.count; ++i) {
+    scratch.offsets[i] = refined.channels[i] * op.key_cache.channel;
+  }
+  T* tile = reinterpret_cast<T*>(scratch.tile);
+  for (int64_t first = 0; first < n; first += kTile) {
+    gather_tile(keys + first, scratch.offsets, refined.count, tile);
+    score_tile(tile, refined.count, refined.query, padded(refined.count), group_heads,
+               scratch.tile_scores);
+    const int64_t count = smaller(kTile, n - first);
+    for (int h = 0; h < group_heads; ++h) {
+      __builtin_memcpy(scores + h * stride + begin + first, scratch.tile_scores + h * kTile,
+                       static_cast<size_t>(count) * sizeof(float));
+    }
   }
 }
 
@@ -141,7 +177,7 @@ inline void sum_weights(const RefineTopk& op, float* scores, int64_t n) {
 
 template <class T>
 void refine(const RefineTopk& op) {
-  const int64_t d = op.shape.head_size, kv_heads = op.shape.kv_heads, pitch = padded(d);
+  const int64_t d = op.shape.head_size, kv_heads = op.shape.kv_heads;
   const int64_t pairs = op.rows * kv_heads, count = op.candidate_count, k = op.k;
   const int64_t group_heads = op.query_heads / kv_heads, size = group_heads * padded(count);
   const int64_t channels = smaller(op.channels, d), query_size = group_heads * padded(channels);
@@ -149,7 +185,8 @@ void refine(const RefineTopk& op) {
   float* queries = take<float>(pairs * query_size);
   int32_t* chosen = take<int32_t>(pairs * channels);
   auto* refined = take<Refined>(pairs);
-  float* rows = take<float>(pitch * num_threads());
+  auto* scratches = take<RefineScratch>(num_threads());
+  for (int i = 0; i < num_threads(); ++i) scratches[i] = take_refine_scratch(op);
   parallel_for(pairs, [&](int64_t pair) {
     const int64_t row = pair / kv_heads;
     const int32_t* candidates = op.candidates + pair * count;
@@ -162,18 +199,19 @@ void refine(const RefineTopk& op) {
                             channels,
                             chosen + pair * channels,
                             queries + pair * query_size};
-    prepare<T>(op, static_cast<const T*>(op.query) + pair * group_heads * d,
-               rows + pitch * omp_get_thread_num(), refined[pair]);
+    if (found > 0) {
+      prepare<T>(op, static_cast<const T*>(op.query) + pair * group_heads * d,
+                 scratches[omp_get_thread_num()], refined[pair]);
+    }
   });
   Tasks tasks = cut(op.rows, op.shape.kv_heads, 32, INT32_MAX, [&](int32_t) { return count; });
-  __builtin_memset(rows, 0, static_cast<size_t>(pitch * num_threads()) * sizeof(float));
   parallel_for(tasks.count, [&](int64_t i) {
     const Task& task = tasks.data[i];
     const int64_t pair = task.row * kv_heads + task.head;
     score_candidates<T>(op, refined[pair], task.begin, smaller(task.end, refined[pair].found),
-                        rows + pitch * omp_get_thread_num(), scores + pair * size);
+                        scratches[omp_get_thread_num()], scores + pair * size);
   });
-  uint64_t* buffers = take<uint64_t>(buffer_size(k) * num_threads());
+  Ranked buffers = take_ranked(buffer_size(k) * num_threads());
   parallel_for(pairs, [&](int64_t pair) {
     int32_t* indices = op.indices + pair * k;
     const int32_t* candidates = op.candidates + pair * count;
@@ -181,10 +219,9 @@ void refine(const RefineTopk& op) {
     if (refined[pair].found > 0) {
       float* weights = scores + pair * size;
       sum_weights(op, weights, refined[pair].found);
-      uint64_t* keys = buffers + buffer_size(k) * omp_get_thread_num();
-      kept = best_keys(keys, weights, 0, refined[pair].found, k);
-      for (int64_t j = 0; j < kept; ++j) indices[j] = candidates[key_position(keys[j])];
-      sort_positions(indices, kept);
+      Ranked best = buffers + buffer_size(k) * omp_get_thread_num();
+      kept = find_best(best, weights, 0, refined[pair].found, k);
+      for (int64_t j = 0; j < kept; ++j) indices[j] = candidates[best.positions[j]];
     }
     for (int64_t j = kept; j < k; ++j) indices[j] = -1;
   });

@@ -109,19 +109,6 @@ void score_onebit(const ScoreOnebit& op) {
   });
 }
 
-// The channels with the largest weights, the lower one first among equals.
-//   weight: [d], reduced to -1 where chosen; channels: [count]
-inline void choose_channels(float* weight, int64_t d, int64_t count, int32_t* channels) {
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t best = 0;
-    for (int64_t c = 1; c < d; ++c) {
-      if (weight[c] > weight[best]) best = c;
-    }
-    channels[i] = static_cast<int32_t>(best);
-    weight[best] = -1;
-  }
-}
-
 // Blocks, of one head each, whose channels are asked for ahead of the one at work.
 constexpr int64_t kKeysAhead = 4;
 
@@ -186,11 +173,21 @@ void score_block(const ScoreChannels& op, const T* key, const int32_t* channels,
   }
 }
 
+// Magnitudes are ordered as the integers of their bits are.
+template <class T>
+struct MagnitudeBits {
+  using Type = uint16_t;
+};
+template <>
+struct MagnitudeBits<float> {
+  using Type = uint32_t;
+};
+
 // Records of absmax reduced before the maxima go back to memory.
-constexpr int64_t kRecords = 16;
+constexpr int64_t kRecords = 4;
 
 // Pick the critical channels of every row and KV head.
-//   channels: [R, Hk, count]
+//   channels: [R, Hk, count], ascending
 template <class T>
 void find_channels(const ScoreChannels& op, int64_t count, int32_t* channels) {
   const ScoreTokens& score = op.score;
@@ -198,35 +195,31 @@ void find_channels(const ScoreChannels& op, int64_t count, int32_t* channels) {
   const int64_t per_block = score.grouping.groups_per_block, heads = score.shape.kv_heads;
   Tasks tasks = cut(score.rows, score.shape.kv_heads, 64, INT32_MAX,
                     [&](int32_t row) { return larger(0, ceil_div(score.tail_start[row], g)); });
-  float* partial = take<float>(tasks.count * pitch);
+  using Bits = typename MagnitudeBits<T>::Type;
+  Bits* partial = take<Bits>(tasks.count * pitch);
   parallel_for(tasks.count, [&](int64_t i) {
     const Task& task = tasks.data[i];
-    float* most = partial + i * pitch;
-    __builtin_memset(most, 0, static_cast<size_t>(pitch) * sizeof(float));
-    const T* records[kRecords];
-    for (int64_t unit = task.begin; unit < task.end;) {
-      int64_t n = 0;
-      for (; n < kRecords && unit < task.end; ++n, ++unit) {
-        records[n] = at<T>(op.absmax, table_of(score, task.row)[unit / per_block], task.head,
-                           unit % per_block);
-      }
-      for_heads(static_cast<int>(d / W), [&](int first_vector, auto vectors) {
-        constexpr int N = decltype(vectors)::value;
-        const int64_t c = first_vector * W;
-        F x[N];
-        for (int j = 0; j < N; ++j) x[j] = load(most + c + j * W);
-        for (int64_t r = 0; r < n; ++r) {
-          for (int j = 0; j < N; ++j) x[j] = max(x[j], load(records[r] + c + j * W));
-        }
-        for (int j = 0; j < N; ++j) store(most + c + j * W, x[j]);
-      });
-      const int64_t c = d / W * W;
-      for (int64_t r = 0; c < d && r < n; ++r) {
-        store(most + c, max(load(most + c), load(records[r] + c, static_cast<int>(d - c))));
+    Bits* most = partial + i * pitch;
+    __builtin_memset(most, 0, static_cast<size_t>(pitch) * sizeof(Bits));
+    auto record = [&](int64_t unit) {
+      return at<Bits>(op.absmax, table_of(score, task.row)[unit / per_block], task.head,
+                      unit % per_block);
+    };
+    auto larger_of = [](Bits x, Bits y) { return x > y ? x : y; };
+    for (int64_t unit = task.begin; unit < task.end; unit += kRecords) {
+      // The last ones are read again where there are fewer.
+      const int64_t last = task.end - 1;
+      const Bits* records[kRecords];
+      for (int64_t r = 0; r < kRecords; ++r) records[r] = record(smaller(unit + r, last));
+      for (int64_t c = 0; c < d; ++c) {
+        const Bits x = larger_of(larger_of(records[0][c], records[1][c]),
+                                 larger_of(records[2][c], records[3][c]));
+        most[c] = larger_of(most[c], x);
       }
     }
   });
   float* weight = take<float>(pitch);
+  Ranked ranked = take_ranked(d);
   for (int64_t i = 0; i < tasks.count;) {
     const Task& task = tasks.data[i];
     const int64_t pair = task.row * heads + task.head;
@@ -234,8 +227,11 @@ void find_channels(const ScoreChannels& op, int64_t count, int32_t* channels) {
     __builtin_memset(weight, 0, static_cast<size_t>(pitch) * sizeof(float));
     for (; i < tasks.count && tasks.data[i].row == task.row && tasks.data[i].head == task.head;
          ++i) {
-      for (int64_t c = 0; c < pitch; c += W) {
-        store(weight + c, max(load(weight + c), load(partial + i * pitch + c)));
+      for (int64_t c = 0; c < d; ++c) {
+        T element;
+        __builtin_memcpy(&element, partial + i * pitch + c, sizeof(T));
+        const float magnitude = to_float(element);
+        weight[c] = magnitude > weight[c] ? magnitude : weight[c];
       }
     }
     for (int64_t c = 0; c < d; ++c) {
@@ -246,7 +242,7 @@ void find_channels(const ScoreChannels& op, int64_t count, int32_t* channels) {
       }
       weight[c] *= most;
     }
-    choose_channels(weight, d, count, channels + pair * count);
+    choose_channels(weight, d, count, ranked, channels + pair * count);
   }
 }
 

@@ -62,12 +62,6 @@ void scratch_reset() { scratch.reset(); }
 
 void* scratch_take(size_t bytes) { return scratch.take(bytes); }
 
-void keep_largest(uint64_t* keys, int64_t n, int64_t k) {
-  if (k > 0 && k < n) std::nth_element(keys, keys + k - 1, keys + n, std::greater<>());
-}
-
-void sort_positions(int32_t* positions, int64_t n) { std::sort(positions, positions + n); }
-
 double sum_of_largest(float* values, int64_t n, int64_t k) {
   if (k > 0 && k < n) std::nth_element(values, values + k - 1, values + n, std::greater<>());
   return std::accumulate(values, values + k, 0.0);

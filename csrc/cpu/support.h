@@ -13,12 +13,6 @@ namespace tailorkv {
 void scratch_reset();
 void* scratch_take(size_t bytes);
 
-// Move the k largest of n keys to the front, in any order; k <= n.
-void keep_largest(uint64_t* keys, int64_t n, int64_t k);
-
-// Sort ascending.
-void sort_positions(int32_t* positions, int64_t n);
-
 // The sum of the k largest of n values, which are reordered; k <= n.
 double sum_of_largest(float* values, int64_t n, int64_t k);
 

@@ -65,6 +65,17 @@ inline float smallest(F x) { return -largest(-x); }
 inline uint32_t greater(F a, F b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
 }
+inline int pack(F x, int32_t position, uint32_t mask, int32_t* bits, int32_t* positions) {
+  int32_t all[W];
+  __builtin_memcpy(all, &x, sizeof(x));
+  int count = 0;
+  for (; mask != 0; mask &= mask - 1, ++count) {
+    const int lane = __builtin_ctz(mask);
+    bits[count] = all[lane];
+    positions[count] = position + lane;
+  }
+  return count;
+}
 inline void store_bytes(uint8_t* p, F x) {
   __m256i words = _mm256_cvtps_epi32(x);
   __m128i packed =

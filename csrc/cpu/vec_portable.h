@@ -8,9 +8,9 @@
 //   store(p, x[, n])  W (or the first n) floats
 //   fma, max, min, abs, round_even, pow2 (of whole exponents in [-126, 127])
 //   sum, largest, smallest over the lanes; greater(a, b) one bit a lane
-//   store_bytes       whole numbers in [0, 255] as W bytes
-//   load_codes<B>     codes i .. i+W-1 of a packed run, i a multiple of W
-//   accumulate        sum + codes * x
+//   pack              the bits of the lanes of a mask and position + lane, W written at most; how
+//   many store_bytes       whole numbers in [0, 255] as W bytes load_codes<B>     codes i .. i+W-1
+//   of a packed run, i a multiple of W accumulate        sum + codes * x
 #pragma once
 
 #include <math.h>
@@ -112,6 +112,17 @@ inline float smallest(F x) { return -largest(-x); }
 inline uint32_t greater(F a, F b) {
   I c = a > b;
   return static_cast<uint32_t>((c[0] & 1) | (c[1] & 2) | (c[2] & 4) | (c[3] & 8));
+}
+inline int pack(F x, int32_t position, uint32_t mask, int32_t* bits, int32_t* positions) {
+  int32_t all[W];
+  __builtin_memcpy(all, &x, sizeof(x));
+  int count = 0;
+  for (; mask != 0; mask &= mask - 1, ++count) {
+    const int lane = __builtin_ctz(mask);
+    bits[count] = all[lane];
+    positions[count] = position + lane;
+  }
+  return count;
 }
 inline void store_bytes(uint8_t* p, F x) {
   for (int i = 0; i < W; ++i) p[i] = static_cast<uint8_t>(x[i]);

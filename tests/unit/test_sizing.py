@@ -105,7 +105,7 @@ def test_host_pool_beyond_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(torch, "zeros", no_memory)
+    monkeypatch.setattr(torch, "empty", no_memory)
     with pytest.raises(TailorKVError, match=r"0\.00 GiB .*lower host_pool_gib"):
         allocate_host_pool(BLOCKS, LAYOUTS[0])
 

@@ -6,17 +6,22 @@ from collections.abc import Callable
 import torch
 from vllm import _custom_ops as vllm_ops
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_tailorkv.attention.metadata import DecodeRows, ExactRows, TailorKVMetadata
+from vllm_tailorkv.attention.name import LOGGER
 from vllm_tailorkv.attention.selection import Layer, Pages, Selector, retrieve
 from vllm_tailorkv.attention.settings import load_settings
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.cache.host_pool import allocate_host_pool
+from vllm_tailorkv.cache.huge_pages import advise_huge_pages
 from vllm_tailorkv.cache.views import derived_pages, host_pages
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.kernels import ops
 from vllm_tailorkv.kernels.types import DenseCodes
+
+logger = init_logger(LOGGER)
 
 
 class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
@@ -79,6 +84,8 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             )
         layout, dtype = self.spec.layout, self.spec.dtype
         raw = kv_cache.flatten(1).view(torch.uint8)
+        if reason := advise_huge_pages(raw):
+            logger.info_once("TailorKV: vLLM's cache keeps small pages: %s.", reason)
         if self.spec.split:
             host = allocate_host_pool(len(raw), layout)
             derived = raw

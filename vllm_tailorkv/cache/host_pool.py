@@ -2,6 +2,7 @@
 
 import torch
 
+from vllm_tailorkv.cache.huge_pages import advise_huge_pages
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.layout import PageLayout
 
@@ -13,7 +14,9 @@ def allocate_host_pool(num_blocks: int, layout: PageLayout) -> torch.Tensor:
         TailorKVError: the memory is not there.
     """
     try:
-        return torch.zeros(num_blocks, layout.host_bytes, dtype=torch.uint8)
+        pool = torch.empty(num_blocks, layout.host_bytes, dtype=torch.uint8)
+        advise_huge_pages(pool)
+        return pool.zero_()
     except RuntimeError:
         gib = num_blocks * layout.host_bytes / (1 << 30)
         raise TailorKVError(

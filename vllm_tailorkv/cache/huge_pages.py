@@ -1,0 +1,55 @@
+"""Huge pages for the cache. A decode step reads short runs that lie far apart, so with pages of
+4 KB nearly every run costs a page walk as well.
+
+Best effort: it changes how memory is mapped, never what it holds, and only on Linux.
+"""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+_SIZE_FILE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+# From the kernel's uapi/asm-generic/mman-common.h.
+_MADV_HUGEPAGE = 14
+_MADV_COLLAPSE = 25
+
+
+def advise_huge_pages(tensor: torch.Tensor) -> str | None:
+    """Ask the kernel to map a tensor's memory with huge pages, what is in use already included.
+
+    The whole huge pages between its first and its last byte are asked for, gaps of a strided
+    tensor included. Memory in use is copied, about a second for every GB; memory never touched
+    gets its huge pages when it is.
+
+    Args:
+        tensor: of any dtype and strides.
+
+    Returns:
+        Why small pages are kept, or None.
+    """
+    if sys.platform != "linux":
+        return f"{sys.platform} has no transparent huge pages"
+    if tensor.device.type != "cpu":
+        return "the memory is a device's"
+    try:
+        size = int(_SIZE_FILE.read_text())
+    except (OSError, ValueError):
+        return "the kernel has no transparent huge pages"
+    span = 0
+    if tensor.numel():
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        span = (1 + sum((n - 1) * stride for n, stride in steps)) * tensor.element_size()
+    begin = -(-tensor.data_ptr() // size) * size
+    length = (tensor.data_ptr() + span) // size * size - begin
+    if length <= 0:
+        return f"it is smaller than a huge page of {size:,} bytes"
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if madvise(begin, length, _MADV_HUGEPAGE):
+        return f"the kernel refuses ({os.strerror(ctypes.get_errno())})"
+    # Refused by kernels before 6.1 and for memory that was never touched: the advice stands.
+    madvise(begin, length, _MADV_COLLAPSE)
+    return None
