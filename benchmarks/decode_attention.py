@@ -3,7 +3,8 @@
 In one process, round after round, our ops read our pages and vLLM's attention op reads the same
 tokens in a cache of its own, in the model's dtype and in fp8. Steps rotate among sets of pages
 that are larger together than the last-level cache, as the layers of a model are. Ours lie in huge
-pages where the system has them, as in service; vLLM's lie where vLLM puts them. K and V are random, with a few heavy tokens planted in every row and KV head. Each case gives a line of JSON:
+pages where the system has them, as in service; vLLM's lie where vLLM puts them. K and V are
+random, with a few heavy tokens planted in every row and KV head. Each case gives a line of JSON:
 
     shape, layer, index, bits, context, batch, threads   what ran
     rerank              candidates ranked again for every token kept; 1 is no second ranking
