@@ -1,6 +1,7 @@
 """Huge pages are asked for where they can be, and nothing else changes."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from vllm_tailorkv.cache import huge_pages
 from vllm_tailorkv.cache.host_pool import allocate_host_pool
-from vllm_tailorkv.cache.huge_pages import advise_huge_pages
+from vllm_tailorkv.cache.huge_pages import advise_huge_pages, prepare_huge_pages
 from vllm_tailorkv.layout import DerivedKind, PageLayout
 
 HUGE = 2 << 20
@@ -94,3 +95,22 @@ def test_refusals(monkeypatch, tmp_path):
 def test_the_kernel_refuses(monkeypatch):
     monkeypatch.setattr(huge_pages, "_MADV_HUGEPAGE", -1)
     assert "refuses (Invalid argument)" in (advise_huge_pages(torch.zeros(HUGE)) or "")
+
+
+@with_huge_pages
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_processes_started_later_allocate_in_huge_pages(monkeypatch, chosen):
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", chosen)
+    prepare_huge_pages()
+    code = (
+        "import sys, torch; sys.path.insert(0, 'tests/cache')\n"
+        "from test_huge_pages import HUGE, advised_bytes\n"
+        "print(advised_bytes(torch.zeros(4 * HUGE, dtype=torch.uint8)) > 0)"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-1] == str(chosen is None)

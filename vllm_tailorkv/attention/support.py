@@ -10,6 +10,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm_tailorkv.attention.budget import check_budgets
 from vllm_tailorkv.attention.name import LOGGER
 from vllm_tailorkv.attention.settings import load_settings
+from vllm_tailorkv.cache.huge_pages import prepare_huge_pages
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.kernels.dispatch import OPS, choose
 
@@ -98,6 +99,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
             f"give a multiple of {settings.config.group_size}",
         )
     check_budgets(vllm_config)
+    prepare_huge_pages()
     for op in OPS:
         choose(op, torch.device("cpu").type)
     if vllm_config.model_config.get_sliding_window() is not None:

@@ -17,12 +17,24 @@ _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25
 
 
+# Read by torch's allocator at its first use in a process.
+_TORCH_SWITCH = "THP_MEM_ALLOC_ENABLE"
+
+
+def prepare_huge_pages() -> None:
+    """Let torch allocate in huge pages in the processes that start from now on.
+
+    What they allocate then need not be copied by `advise_huge_pages`. What the user set stays.
+    """
+    os.environ.setdefault(_TORCH_SWITCH, "1")
+
+
 def advise_huge_pages(tensor: torch.Tensor) -> str | None:
     """Ask the kernel to map a tensor's memory with huge pages, what is in use already included.
 
     The whole huge pages between its first and its last byte are asked for, gaps of a strided
-    tensor included. Memory in use is copied, about a second for every GB; memory never touched
-    gets its huge pages when it is.
+    tensor included. Memory in use is copied, a second or more for every GB, unless
+    `prepare_huge_pages` came before; memory never touched gets its huge pages when it is.
 
     Args:
         tensor: of any dtype and strides.
