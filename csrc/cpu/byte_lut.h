@@ -10,10 +10,15 @@
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 
+// Cache lines that 16 channels of a group of 64 tokens take: 128 bytes of codes, 64 of scales and
+// zeros.
+constexpr int64_t kLinesPerStep = 3;
+
 // score[t] = sum over c of factor[c] * (bit t of row c) + offset, for 64 tokens.
 //   factors: [padded(n)], n a multiple of 8, 0 beyond; bytes: [n/8, 64]; scores: [64]
+//   ahead: asked for some lines between look-ups
 inline void score_by_bytes(const uint8_t* bytes, int64_t n, const float* factors, float offset,
-                           float* scores) {
+                           Ahead& ahead, float* scores) {
   F range = splat(0), total = splat(0);
   for (int64_t c = 0; c < n; c += W) {
     F x = load(factors + c);
@@ -47,6 +52,7 @@ inline void score_by_bytes(const uint8_t* bytes, int64_t n, const float* factors
     high_sums = _mm512_add_epi16(high_sums, _mm512_srli_epi16(looked_up, 8));
   };
   for (int64_t c = 0; c < n; c += W) {
+    ahead.ask(kLinesPerStep);
     __m512i x = _mm512_cvtps_epi32(load(factors + c) * inverse);
     __m512i negative =
         _mm512_max_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), x), _mm512_setzero_si512());

@@ -25,18 +25,12 @@ inline void read_key_scales(const Codes& key, int64_t block, int64_t head, int64
   copy_row(zero, reinterpret_cast<const Half*>(at(key.zero, block, head, group)), head_size);
 }
 
-// Ask for the cache lines of the K of one group: the processor does not look ahead from one page to
-// the next.
-inline void prefetch_record(const Codes& key, int64_t block, int64_t head, int64_t group,
-                            int64_t head_size) {
-  const uint8_t* codes = at(key.codes, block, head, group);
-  const uint16_t* scale = at(key.scale, block, head, group);
-  const uint16_t* zero = at(key.zero, block, head, group);
-  for (int64_t i = 0; i < head_size * key.codes.item; i += 64) __builtin_prefetch(codes + i);
-  for (int64_t i = 0; i < head_size; i += 32) {
-    __builtin_prefetch(scale + i);
-    __builtin_prefetch(zero + i);
-  }
+// Add the cache lines of the K of one group, as a record holds them.
+inline void add_key_lines(const Codes& key, int64_t block, int64_t head, int64_t group,
+                          int64_t head_size, Ahead& ahead) {
+  ahead.add(at(key.codes, block, head, group), head_size * key.codes.item);
+  ahead.add(at(key.scale, block, head, group), head_size);
+  ahead.add(at(key.zero, block, head, group), head_size);
 }
 
 // Tokens t .. t + U*W - 1 of score_codes.

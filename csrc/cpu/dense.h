@@ -46,11 +46,8 @@ inline void read_value_scales(const uint16_t* from, int64_t item, int64_t g, int
 inline void add_lines(const QuantizedDecode& op, const HeadView& view, int64_t unit, Ahead& ahead) {
   const int64_t block = view.table[unit / op.grouping.groups_per_block];
   const int64_t group = unit % op.grouping.groups_per_block, g = op.grouping.group_size;
-  const int64_t d = op.decode.shape.head_size, head = view.head;
-  // As a record holds them.
-  ahead.add(at(op.key.codes, block, head, group), d * op.key.codes.item);
-  ahead.add(at(op.key.scale, block, head, group), d);
-  ahead.add(at(op.key.zero, block, head, group), d);
+  const int64_t head = view.head;
+  add_key_lines(op.key, block, head, group, op.decode.shape.head_size, ahead);
   ahead.add(at(op.value.codes, block, head, group), g * op.value.codes.item);
   ahead.add(at(op.value.scale, block, head, group), g * op.value.scale.item);
   ahead.add(at(op.value.zero, block, head, group), g * op.value.zero.item);

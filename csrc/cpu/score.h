@@ -35,8 +35,10 @@ inline ScoreScratch take_score_scratch(int64_t d, int64_t g) {
 
 // Scores of a group for all queries, the largest of each token.
 //   codes: [d, g/8], rows pitch apart; query: [Q, padded(d)]; best: [g]
+//   ahead: asked for its lines between look-ups, or first where there are no tables
 inline void score_group(const uint8_t* codes, int64_t pitch, int64_t d, int64_t g, int32_t queries,
-                        const float* query, const ScoreScratch& scratch, float* best) {
+                        const float* query, const ScoreScratch& scratch, Ahead& ahead,
+                        float* best) {
   auto keep_best = [&](const float* scores, int64_t begin, int64_t count, bool first_query) {
     for (int64_t t = 0; t < count; t += W) {
       F x = load(scores + t);
@@ -54,7 +56,7 @@ inline void score_group(const uint8_t* codes, int64_t pitch, int64_t d, int64_t 
           store(scratch.product.scaled + c, x * load(scratch.scale + c));
           offset = fma(x, load(scratch.zero + c), offset);
         }
-        score_by_bytes(scratch.product.bytes, d, scratch.product.scaled, sum(offset),
+        score_by_bytes(scratch.product.bytes, d, scratch.product.scaled, sum(offset), ahead,
                        scratch.scores);
         keep_best(scratch.scores, t, kPlaces, q == 0);
       }
@@ -62,14 +64,18 @@ inline void score_group(const uint8_t* codes, int64_t pitch, int64_t d, int64_t 
     return;
   }
 #endif
+  ahead.ask_part(1);
   for_heads(queries, [&](int q, auto heads) {
     constexpr int N = decltype(heads)::value;
-    Ahead nothing;
     score_codes<1, N, false>(codes, pitch, d, g, scratch.scale, scratch.zero, query + q * padded(d),
-                             scratch.product, nothing, scratch.scores, g);
+                             scratch.product, ahead, scratch.scores, g);
     for (int j = 0; j < N; ++j) keep_best(scratch.scores + j * g, 0, g, q + j == 0);
   });
 }
+
+// Groups, of one head, between the one at work and the one asked for: two, since the lines of the
+// next one would come too late.
+constexpr int64_t kGroupsAhead = 2;
 
 void score_onebit(const ScoreOnebit& op) {
   scratch_reset();
@@ -94,15 +100,16 @@ void score_onebit(const ScoreOnebit& op) {
       const int64_t block = table_of(score, task.row)[unit / per_block];
       const int64_t group = unit % per_block;
       read_key_scales(op.key, block, task.head, group, d, scratch.scale, scratch.zero);
-      if (unit + 2 < task.end + first_unit) {
-        prefetch_record(op.key, table_of(score, task.row)[(unit + 2) / per_block], task.head,
-                        (unit + 2) % per_block, d);
+      Ahead ahead;
+      if (const int64_t next = unit + kGroupsAhead; next < task.end + first_unit) {
+        const int64_t next_block = table_of(score, task.row)[next / per_block];
+        add_key_lines(op.key, next_block, task.head, next % per_block, d, ahead);
       }
       const int64_t begin = larger(unit * g, score.sink_tokens);
       const int64_t end = smaller((unit + 1) * g, score.tail_start[task.row]);
       const bool whole = end - begin == g;
       score_group(at(op.key.codes, block, task.head, group), op.key.codes.item, d, g, score.queries,
-                  query, scratch, whole ? out + begin : scratch.best);
+                  query, scratch, ahead, whole ? out + begin : scratch.best);
       if (whole) continue;
       for (int64_t t = begin; t < end; ++t) out[t] = scratch.best[t - unit * g];
     }
