@@ -36,7 +36,7 @@ PAPER: dict[str, Any] = {
 
 
 class TailorKVConfig(BaseModel):
-    """Options of TailorKV. Defaults are the paper's where it has one (arXiv 2505.19586)."""
+    """Options of TailorKV. `preset="paper"` has the published ones (arXiv 2505.19586)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

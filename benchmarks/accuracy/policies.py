@@ -87,7 +87,7 @@ class Policy:
     def choose(self, query: Tensor, key: Tensor, count: int, prepared: Any) -> Tensor:
         """`count` of n tokens: query [Hk, G, d], key [Hk, n, d] to int [Hk, count].
 
-        Positions from n on stand for none.
+        `prepared` is what `prepare` made of this key. Positions from n on stand for none.
         """
         raise NotImplementedError
 

@@ -92,6 +92,14 @@ def test_refusals(monkeypatch, tmp_path):
 
 
 @with_huge_pages
+def test_the_system_says_never(monkeypatch, tmp_path):
+    mode = tmp_path / "enabled"
+    mode.write_text("always madvise [never]\n")
+    monkeypatch.setattr(huge_pages, "_MODE_FILE", mode)
+    assert "says never" in (advise_huge_pages(torch.zeros(HUGE)) or "")
+
+
+@with_huge_pages
 def test_the_kernel_refuses(monkeypatch):
     monkeypatch.setattr(huge_pages, "_MADV_HUGEPAGE", -1)
     assert "refuses (Invalid argument)" in (advise_huge_pages(torch.zeros(HUGE)) or "")

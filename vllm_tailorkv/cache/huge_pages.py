@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 
 _SIZE_FILE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+_MODE_FILE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # From the kernel's uapi/asm-generic/mman-common.h.
 _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25
-
-
 # Read by torch's allocator at its first use in a process.
 _TORCH_SWITCH = "THP_MEM_ALLOC_ENABLE"
 
@@ -58,6 +57,9 @@ def advise_huge_pages(tensor: torch.Tensor) -> str | None:
     length = (tensor.data_ptr() + span) // size * size - begin
     if length <= 0:
         return f"it is smaller than a huge page of {size:,} bytes"
+    # The kernel accepts advice that it will not follow.
+    if _MODE_FILE.is_file() and "[never]" in _MODE_FILE.read_text():
+        return f"{_MODE_FILE} says never"
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     if madvise(begin, length, _MADV_HUGEPAGE):
