@@ -57,6 +57,11 @@ def advise_huge_pages(tensor: torch.Tensor) -> str | None:
     length = (tensor.data_ptr() + span) // size * size - begin
     if length <= 0:
         return f"it is smaller than a huge page of {size:,} bytes"
+    return _advise(begin, length)
+
+
+def _advise(begin: int, length: int) -> str | None:
+    """The same for whole huge pages: an address and bytes."""
     # The kernel accepts advice that it will not follow.
     if _MODE_FILE.is_file() and "[never]" in _MODE_FILE.read_text():
         return f"{_MODE_FILE} says never"
