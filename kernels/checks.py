@@ -44,9 +44,15 @@ def check_write(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    key_rows: torch.Tensor | None,
 ) -> None:
     """Arguments of `write_kv`."""
     _check_caches(key_cache, value_cache)
+    if key_rows is not None:
+        _require(
+            key_rows.shape == key_cache.shape and key_rows.dtype == key_cache.dtype,
+            "key_rows must be like key_cache",
+        )
     _, heads, _, size = key_cache.shape
     for name, tensor in (("key", key), ("value", value)):
         _require(
@@ -152,6 +158,32 @@ def check_score(
     tail_start: torch.Tensor,
 ) -> None:
     """Arguments of `score_tokens`."""
+    _check_scored(query, index, key_cache, block_table, tail_start)
+    _require(scores.dim() == 3 and scores.shape[:2] == query.shape[:2], "scores must be [R, Hk, S]")
+    _require(scores.dtype == torch.float32, "scores must be float32")
+    _require(scores.stride(2) == 1, "scores must have a contiguous last axis")
+
+
+def check_propose(
+    indices: torch.Tensor,
+    query: torch.Tensor,
+    index: TokenIndex,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    tail_start: torch.Tensor,
+) -> None:
+    """Arguments of `propose_topk`."""
+    _check_scored(query, index, key_cache, block_table, tail_start)
+    check_indices(indices, key_cache, query.shape[0])
+
+
+def _check_scored(
+    query: torch.Tensor,
+    index: TokenIndex,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    tail_start: torch.Tensor,
+) -> None:
     rows, heads, size = query.shape[0], key_cache.shape[1], key_cache.shape[3]
     _require(
         query.dim() == 4 and (query.shape[1], query.shape[3]) == (heads, size),
@@ -159,9 +191,6 @@ def check_score(
     )
     _require(query.dtype == torch.float32, "query must be float32")
     _require(query.is_contiguous(), "query must be contiguous")
-    _require(scores.dim() == 3 and scores.shape[:2] == (rows, heads), "scores must be [R, Hk, S]")
-    _require(scores.dtype == torch.float32, "scores must be float32")
-    _require(scores.stride(2) == 1, "scores must have a contiguous last axis")
     check_rows("tail_start", tail_start, rows)
     _check_block_table(block_table, rows)
     _check_index(index, key_cache)

@@ -43,9 +43,10 @@ def write_kv(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    key_rows: torch.Tensor | None = None,
 ) -> None:
     """See `ops.write_kv`."""
-    _ops.write_kv(key, value, key_cache, value_cache, slot_mapping)
+    _ops.write_kv(key, value, key_cache, value_cache, slot_mapping, key_rows)
 
 
 def quantize_groups(
@@ -116,6 +117,34 @@ def score_tokens(
     else:
         _ops.score_onebit(
             scores, query, *index.key, block_table, tail_start, sink_tokens, key_cache.shape[2]
+        )
+
+
+def propose_topk(
+    indices: torch.Tensor,
+    query: torch.Tensor,
+    index: TokenIndex,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    tail_start: torch.Tensor,
+    sink_tokens: int,
+    critical_channels: int,
+) -> None:
+    """See `ops.propose_topk`."""
+    if isinstance(index, ChannelIndex):
+        _ops.propose_channels(
+            indices,
+            query,
+            index.absmax,
+            key_cache,
+            block_table,
+            tail_start,
+            sink_tokens,
+            critical_channels,
+        )
+    else:
+        _ops.propose_onebit(
+            indices, query, *index.key, block_table, tail_start, sink_tokens, key_cache.shape[2]
         )
 
 

@@ -118,6 +118,21 @@ def choose(op: str, device_type: str) -> Choice:
     )
 
 
+def fused(op: str, part: str, tensor: torch.Tensor) -> Callable[..., Any] | None:
+    """The function that does the work of several ops at once, if there is one.
+
+    Args:
+        op: its name.
+        part: one of the ops that it stands for; only what runs this one is asked for `op`.
+        tensor: where the work is to be done.
+    """
+    module = importlib.import_module(
+        f"vllm_tailorkv.kernels.{choose(part, tensor.device.type).name}"
+    )
+    function: Callable[..., Any] | None = getattr(module, op, None)
+    return function
+
+
 def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
     """The function that runs `op` for tensors where `tensor` is."""
     return choose(op, tensor.device.type).function

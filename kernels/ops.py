@@ -14,7 +14,7 @@ Positions: a row with `seq_len = L` tokens in context, this step's token include
 import torch
 
 from vllm_tailorkv.kernels import checks
-from vllm_tailorkv.kernels.dispatch import implementation
+from vllm_tailorkv.kernels.dispatch import fused, implementation
 from vllm_tailorkv.kernels.types import DenseCodes, DerivedPages, TokenIndex
 
 
@@ -24,6 +24,7 @@ def write_kv(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    key_rows: torch.Tensor | None = None,
 ) -> None:
     """Write K and V of new tokens into host pages.
 
@@ -32,9 +33,12 @@ def write_kv(
         key_cache, value_cache: [NB, Hk, bs, d].
         slot_mapping: int64 [>= T]; token i goes to block `slot // bs`, offset `slot % bs`;
             a negative slot is skipped.
+        key_rows: like key_cache; K is written there too.
     """
-    checks.check_write(key, value, key_cache, value_cache, slot_mapping)
-    implementation("write_kv", key_cache)(key, value, key_cache, value_cache, slot_mapping)
+    checks.check_write(key, value, key_cache, value_cache, slot_mapping, key_rows)
+    implementation("write_kv", key_cache)(
+        key, value, key_cache, value_cache, slot_mapping, key_rows
+    )
 
 
 def quantize_groups(
@@ -161,6 +165,55 @@ def select_topk(
     """
     checks.check_topk(indices, scores, tail_start)
     implementation("select_topk", scores)(indices, scores, tail_start, sink_tokens)
+
+
+def propose_topk(
+    indices: torch.Tensor,
+    query: torch.Tensor,
+    index: TokenIndex,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    tail_start: torch.Tensor,
+    *,
+    sink_tokens: int,
+    critical_channels: int,
+    max_tail_start: int,
+) -> None:
+    """The k middle tokens that score best: `select_topk` of what `score_tokens` writes.
+
+    Where the implementation can do both at once, scores never reach memory.
+
+    Args:
+        indices: int32 [R, Hk, k], as of `select_topk`.
+        query, index, key_cache, block_table, tail_start, sink_tokens, critical_channels: as of
+            `score_tokens`.
+        max_tail_start: at least the largest of `tail_start`.
+    """
+    if function := fused("propose_topk", "score_tokens", key_cache):
+        checks.check_propose(indices, query, index, key_cache, block_table, tail_start)
+        function(
+            indices,
+            query,
+            index,
+            key_cache,
+            block_table,
+            tail_start,
+            sink_tokens,
+            critical_channels,
+        )
+        return
+    scores = torch.empty(*query.shape[:2], max_tail_start, dtype=torch.float32, device=query.device)
+    score_tokens(
+        scores,
+        query,
+        index,
+        key_cache,
+        block_table,
+        tail_start,
+        sink_tokens=sink_tokens,
+        critical_channels=critical_channels,
+    )
+    select_topk(indices, scores, tail_start, sink_tokens=sink_tokens)
 
 
 def refine_topk(

@@ -110,6 +110,7 @@ def write_kv(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    key_rows: torch.Tensor | None = None,
 ) -> None:
     """See `ops.write_kv`."""
     block_size = key_cache.shape[2]
@@ -118,6 +119,8 @@ def write_kv(
     blocks, offsets = slots[valid] // block_size, slots[valid] % block_size
     key_cache[blocks, :, offsets] = key[valid]
     value_cache[blocks, :, offsets] = value[valid]
+    if key_rows is not None:
+        key_rows[blocks, :, offsets] = key[valid]
 
 
 def quantize_groups(

@@ -7,7 +7,15 @@ They come from vLLM's `--additional-config '{"tailorkv": {...}}'`; an environmen
 import json
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from vllm_tailorkv import envs
 from vllm_tailorkv.errors import TailorKVError
@@ -96,6 +104,12 @@ class TailorKVConfig(BaseModel):
         description="joint: both tiers in vLLM's pages (auto on CPU); split: full-precision "
         "K/V in a pool of our own.",
     )
+    key_rows: bool = Field(
+        default=True,
+        description="Sparse layers keep K once more, token by token, where its pages are "
+        "channel-major (CPUs): gathering is up to four times faster, for half as much host memory "
+        "again.",
+    )
     host_pool_gib: float | None = Field(
         default=None,
         gt=0,
@@ -115,10 +129,11 @@ class TailorKVConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_booleans(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            # Python would take them for 0 and 1.
-            raise ValueError("must not be a boolean")
+    def _refuse_wrong_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        # Python would take booleans for 0 and 1, and pydantic words for booleans.
+        wants_one = info.field_name == "key_rows"
+        if isinstance(value, bool) != wants_one:
+            raise ValueError("must be true or false" if wants_one else "must not be a boolean")
         return value
 
     @model_validator(mode="after")

@@ -4,7 +4,9 @@ A *page* is what one layer keeps of one block of `block_size` tokens. It has two
 
 - **host**, the truth: `[num_kv_heads, 2, block_size * head_size]` elements of the
   model's dtype, K before V within a head. This is the interior of the page that vLLM's
-  own CPU backend uses, so that vLLM's attention op reads it as it is.
+  own CPU backend uses, so that vLLM's attention op reads it as it is. Behind V there may be K once
+  more, token by token: decode steps gather single tokens, and where K is channel-major every
+  element of a token lies on a cache line of its own.
 - **derived**, a pure function of the host region: `[num_kv_heads, groups_per_block,
   record_bytes]` bytes, one *record* for every group of `group_size` tokens, so that a
   scan over one head reads consecutive bytes.
@@ -69,6 +71,7 @@ class PageLayout:
         bits: bits of a code of a dense layer (the onebit index has 1).
         kv_itemsize: bytes of one element of K or V.
         key_layout: the order of K in the host region.
+        key_rows: whether the host region holds K once more, token-major.
     """
 
     kind: DerivedKind
@@ -79,6 +82,7 @@ class PageLayout:
     bits: int
     kv_itemsize: int
     key_layout: KeyLayout = KeyLayout.CHANNEL_MAJOR
+    key_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size % self.group_size:
@@ -87,6 +91,8 @@ class PageLayout:
             )
         if self.group_size * self.bits % 8:
             raise ValueError(f"{self.group_size} codes of {self.bits} bits do not fill bytes")
+        if self.key_rows and self.key_layout is KeyLayout.TOKEN_MAJOR:
+            raise ValueError("key_rows of token-major K would be the same again")
 
     @property
     def groups_per_block(self) -> int:
@@ -128,9 +134,19 @@ class PageLayout:
         return ceil(used / unit) * unit
 
     @property
+    def full_bytes(self) -> int:
+        """Bytes of K and V of one block, each once."""
+        return self.num_kv_heads * 2 * self.block_size * self.head_size * self.kv_itemsize
+
+    @property
     def host_bytes(self) -> int:
         """Bytes of the host region of one page."""
-        return self.num_kv_heads * 2 * self.block_size * self.head_size * self.kv_itemsize
+        return self.full_bytes // 2 * self.host_parts
+
+    @property
+    def host_parts(self) -> int:
+        """Arrays of `[block_size, head_size]` elements that the host region has for each head."""
+        return 3 if self.key_rows else 2
 
     @property
     def derived_bytes(self) -> int:

@@ -210,7 +210,32 @@ def save_weights(model: Retriever, path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def load_weights(model: Retriever, path: Path) -> None:
-    """Reads what `save_weights` wrote."""
-    tensors = load_file(path)
-    model.load_state_dict({k.removeprefix("model."): v.float() for k, v in tensors.items()})
+def load_weights(model: Retriever, path: Path, flat_layers: int = 0) -> None:
+    """Reads what `save_weights` wrote.
+
+    A checkpoint of fewer layers is grown without changing what it says: its layers follow
+    `flat_layers` new ones, whose queries begin at zero, so that they average over all tokens; what
+    is left to fill comes last. All new layers begin by adding nothing (Net2Net, arXiv 1511.05641).
+    """
+    tensors = {k.removeprefix("model."): v.float() for k, v in load_file(path).items()}
+    loaded = set()
+    for name in [name for name in tensors if name.startswith("layers.")]:
+        _, depth, rest = name.split(".", 2)
+        place = int(depth) + flat_layers
+        loaded.add(place)
+        tensors[f"grown.{place}.{rest}"] = tensors.pop(name)
+    tensors = {k.replace("grown.", "layers.", 1): v for k, v in tensors.items()}
+    new = [depth for depth in range(len(model.layers)) if depth not in loaded]
+    for depth in new:
+        attention, mlp = model.layers[depth].self_attn, model.layers[depth].mlp
+        zeroed = [attention.o_proj.weight, attention.o_proj.bias, mlp.down_proj.weight]
+        if depth < flat_layers:
+            zeroed += [attention.q_proj.weight, attention.q_proj.bias]
+        for parameter in zeroed:
+            nn.init.zeros_(parameter)
+    kept = {k: v for k, v in model.state_dict().items() if k.startswith(_prefixes(new))}
+    model.load_state_dict(kept | tensors)
+
+
+def _prefixes(depths: list[int]) -> tuple[str, ...]:
+    return tuple(f"layers.{depth}." for depth in depths)

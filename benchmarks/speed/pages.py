@@ -54,6 +54,8 @@ def make_sets(inputs: Inputs, layout: PageLayout, bytes_read: int) -> list[PageS
             host.value[start : start + n].copy_(noise.roll(start + 5, 3))
         table = torch.randperm(raw.shape[0], dtype=torch.int32).view(inputs.batch, blocks)
         plant(inputs, host, table)
+        if host.key_rows is not None:
+            host.key_rows.copy_(host.key)
         groups = torch.arange(raw.shape[0] * layout.groups_per_block)
         ops.quantize_groups(groups, host.key, host.value, derived)
         sets.append(PageSet(host, derived, table))

@@ -73,7 +73,8 @@ class OurPages:
         for span, key, value in self.prompt.chunks():
             done = self.groups[span.start // GROUP_SIZE : span.stop // GROUP_SIZE]
             start = time.perf_counter()
-            ops.write_kv(key, value, self.host.key, self.host.value, self.slots[span])
+            host, slots = self.host, self.slots[span]
+            ops.write_kv(key, value, host.key, host.value, slots, host.key_rows)
             written = time.perf_counter()
             ops.quantize_groups(done, self.host.key, self.host.value, self.derived)
             derive += time.perf_counter() - written

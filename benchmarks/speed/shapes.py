@@ -47,7 +47,14 @@ class Case:
     def layout(self, shape: Shape) -> PageLayout:
         """Of the pages of such a layer."""
         return PageLayout(
-            self.kind, shape.kv_heads, shape.head_size, BLOCK_SIZE, GROUP_SIZE, self.bits, 2
+            self.kind,
+            shape.kv_heads,
+            shape.head_size,
+            BLOCK_SIZE,
+            GROUP_SIZE,
+            self.bits,
+            2,
+            key_rows=self.layer == "sparse",
         )
 
 

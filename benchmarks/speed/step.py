@@ -11,8 +11,6 @@ from vllm_tailorkv.kernels import ops
 from vllm_tailorkv.kernels.types import ChannelIndex, DenseCodes, OnebitIndex
 from vllm_tailorkv.layout import DerivedKind
 
-SAMPLES, LINE_BYTES = 16, 64
-
 
 class Step:
     """The step of one kind of layer, and the pages it rotates among."""
@@ -22,10 +20,8 @@ class Step:
         self.layout = case.layout(inputs.shape)
         batch, kv_heads = inputs.batch, inputs.shape.kv_heads
         self.output = torch.empty_like(inputs.query)
-        self.scores = torch.empty(batch, kv_heads, inputs.context)
         self.indices = torch.empty(batch, kv_heads, SELECTED, dtype=torch.int32)
         self.candidates = self.indices.new_empty(batch, kv_heads, SELECTED * case.rerank)
-        self.ranked_channels = max(1, inputs.shape.head_size * 3 // 8)
         self.sets = make_sets(inputs, self.layout, self.bytes_read)
 
     @property
@@ -42,10 +38,7 @@ class Step:
         if self.case.kind is DerivedKind.CHANNELS:
             total += groups * GROUP_SIZE * CHANNELS * 2
         if self.case.rerank > 1:
-            # K is channel-major: an element costs a cache line.
-            rows = self.case.rerank * SELECTED * self.ranked_channels
-            rows += SAMPLES * (head_size - self.ranked_channels)
-            total += rows * LINE_BYTES
+            total += self.case.rerank * SELECTED * head_size * 2
         return total * inputs.shape.kv_heads * inputs.batch
 
     def ops(self) -> dict[str, Callable[[PageSet], None]]:
@@ -54,8 +47,7 @@ class Step:
             return {"quantized_decode_attention": self.attend_codes}
         refine = {"refine_topk": self.refine} if self.case.rerank > 1 else {}
         return {
-            "score_tokens": self.score,
-            "select_topk": self.select,
+            "propose_topk": self.propose,
             **refine,
             "sparse_decode_attention": self.attend_selected,
         }
@@ -75,13 +67,14 @@ class Step:
             scale=self.inputs.scale,
         )
 
-    def score(self, pages: PageSet) -> None:
-        """The step of a sparse layer: its average query scores all tokens."""
+    def propose(self, pages: PageSet) -> None:
+        """The tokens that score best by the average query: candidates if ranked again."""
+        best = self.candidates if self.case.rerank > 1 else self.indices
         kv_heads = self.inputs.shape.kv_heads
         query = self.inputs.query.float().unflatten(1, (kv_heads, -1)).mean(2, keepdim=True)
         assert isinstance(pages.derived, OnebitIndex | ChannelIndex)
-        ops.score_tokens(
-            self.scores,
+        ops.propose_topk(
+            best,
             query,
             pages.derived,
             pages.host.key,
@@ -89,12 +82,8 @@ class Step:
             self.inputs.tail_start,
             sink_tokens=SINKS,
             critical_channels=CHANNELS,
+            max_tail_start=self.inputs.tail,
         )
-
-    def select(self, _: PageSet) -> None:
-        """The best tokens of the scores: the candidates where they are ranked again."""
-        best = self.candidates if self.case.rerank > 1 else self.indices
-        ops.select_topk(best, self.scores, self.inputs.tail_start, sink_tokens=SINKS)
 
     def refine(self, pages: PageSet) -> None:
         """The candidates that truly weigh most."""
@@ -102,9 +91,9 @@ class Step:
             self.indices,
             self.candidates,
             self.inputs.query,
-            pages.host.key,
+            pages.host.gathered_key,
             pages.block_table,
-            channels=self.ranked_channels,
+            channels=self.inputs.shape.head_size,
             scale=self.inputs.scale,
         )
 
@@ -113,7 +102,7 @@ class Step:
         ops.sparse_decode_attention(
             self.output,
             self.inputs.query,
-            pages.host.key,
+            pages.host.gathered_key,
             pages.host.value,
             self.indices,
             pages.block_table,

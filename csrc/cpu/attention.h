@@ -108,7 +108,9 @@ void add_rows(const T* const* rows, int64_t n, const float* weights, int64_t wei
               int64_t head_size, float* values) {
   const int64_t pitch = padded(head_size);
   constexpr int kVectors = 2;
+  constexpr int64_t kLine = 64 / sizeof(T);
   int64_t c = 0;
+  // Each stretch of a row is read after the one before of all rows: time enough to fetch it.
   for (; c + kVectors * W <= head_size; c += kVectors * W) {
     F total[N][kVectors];
     for (int h = 0; h < N; ++h) {
@@ -117,6 +119,9 @@ void add_rows(const T* const* rows, int64_t n, const float* weights, int64_t wei
     for (int64_t t = 0; t < n; ++t) {
       F v[kVectors];
       for (int j = 0; j < kVectors; ++j) v[j] = load(rows[t] + c + j * W);
+      for (int64_t line = 0; line < kVectors * W; line += kLine) {
+        __builtin_prefetch(rows[t] + c + kVectors * W + line, 0, 2);
+      }
       for (int h = 0; h < N; ++h) {
         F weight = splat(weights[h * weight_stride + t]);
         for (int j = 0; j < kVectors; ++j) total[h][j] = fma(v[j], weight, total[h][j]);
@@ -205,13 +210,11 @@ void gather_row(float* to, const T* from, int64_t stride, int64_t n) {
   for (int64_t c = n; c < padded(n); ++c) to[c] = 0;
 }
 
-// Ask for the cache lines of a token's V into the second-level cache: all of them together do not
-// fit the first.
+// Ask for the first cache line of a token's V into the second-level cache; `add_rows` asks for the
+// others.
 template <class T>
 void prefetch_value(const HeadView& view, int64_t position) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  const T* v = value_at<T>(view, position);
-  for (int64_t c = 0; c < view.op->shape.head_size; c += kLine) __builtin_prefetch(v + c, 0, 2);
+  __builtin_prefetch(value_at<T>(view, position), 0, 2);
 }
 
 // Gather a tile of tokens whose channels lie apart, and ask for the tokens that follow: every

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <string>
 
 #include "kernels.h"
@@ -125,20 +126,18 @@ tailorkv::Decode decode_of(const Tensor& output, const Tensor& query, const Tens
           static_cast<float>(softcap)};
 }
 
-tailorkv::ScoreTokens score_of(const Tensor& scores, const Tensor& query,
-                               const tailorkv::Shape& shape, const tailorkv::Grouping& grouping,
-                               const Tensor& block_table, const Tensor& tail_start,
-                               int64_t sink_tokens) {
-  require(scores, "scores", 3, ScalarType::Float);
+tailorkv::ScoreTokens score_of(const Tensor& query, const tailorkv::Shape& shape,
+                               const tailorkv::Grouping& grouping, const Tensor& block_table,
+                               const Tensor& tail_start, int64_t sink_tokens) {
   require_contiguous(query, "query", 4, ScalarType::Float);
   const int64_t rows = query.size(0);
   return {shape,
           grouping,
           size(query, 0),
           size(query, 2),
-          static_cast<float*>(scores.data_ptr()),
-          scores.stride(0),
-          scores.stride(1),
+          nullptr,
+          0,
+          0,
           static_cast<const float*>(query.data_ptr()),
           block_table_of(block_table, rows),
           row_values(tail_start, "tail_start", rows),
@@ -146,7 +145,8 @@ tailorkv::ScoreTokens score_of(const Tensor& scores, const Tensor& query,
 }
 
 void write_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
-              const Tensor& value_cache, const Tensor& slot_mapping) {
+              const Tensor& value_cache, const Tensor& slot_mapping,
+              const std::optional<Tensor>& key_rows) {
   const auto dtype = key_cache.scalar_type();
   require(key, "key", 3, dtype);
   require(value, "value", 3, dtype);
@@ -156,7 +156,8 @@ void write_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
                       key.data_ptr(), value.data_ptr(), key.stride(0), key.stride(1),
                       value.stride(0), value.stride(1), cache(key_cache, "key_cache", dtype),
                       cache(value_cache, "value_cache", dtype),
-                      static_cast<const int64_t*>(slot_mapping.data_ptr())});
+                      static_cast<const int64_t*>(slot_mapping.data_ptr()),
+                      key_rows ? cache(*key_rows, "key_rows", dtype) : tailorkv::Cache{}});
 }
 
 tailorkv::QuantizeGroups quantize_of(tailorkv::Derive derive, const Tensor& groups,
@@ -215,30 +216,76 @@ void quantized_decode_attention(const Tensor& output, const Tensor& query, const
                                         row_values(num_quantized, "num_quantized", decode.rows)});
 }
 
-void score_onebit(const Tensor& scores, const Tensor& query, const Tensor& key_codes,
-                  const Tensor& key_scale, const Tensor& key_zero, const Tensor& block_table,
-                  const Tensor& tail_start, int64_t sink_tokens, int64_t block_size) {
+tailorkv::ScoreOnebit onebit_of(const Tensor& query, const Tensor& key_codes,
+                                const Tensor& key_scale, const Tensor& key_zero,
+                                const Tensor& block_table, const Tensor& tail_start,
+                                int64_t sink_tokens, int64_t block_size) {
   REQUIRE(query.dim() == 4, "query", "[R, Hk, Q, d]");
   const tailorkv::Shape shape{size(query, 1), static_cast<int32_t>(block_size), size(query, 3)};
   auto grouping = code_grouping(shape, key_codes);
   REQUIRE(grouping.bits == 1, "the index", "of one bit");
-  kernels().score_onebit(
-      {score_of(scores, query, shape, grouping, block_table, tail_start, sink_tokens),
-       codes_of(key_codes, key_scale, key_zero, 4)});
+  return {score_of(query, shape, grouping, block_table, tail_start, sink_tokens),
+          codes_of(key_codes, key_scale, key_zero, 4)};
+}
+
+tailorkv::ScoreChannels channels_of(const Tensor& query, const Tensor& absmax,
+                                    const Tensor& key_cache, const Tensor& block_table,
+                                    const Tensor& tail_start, int64_t sink_tokens,
+                                    int64_t critical_channels) {
+  const auto dtype = key_cache.scalar_type();
+  const auto shape = shape_of(key_cache);
+  REQUIRE(query.dim() == 4 && query.size(1) == shape.kv_heads && query.size(3) == shape.head_size,
+          "query", "[R, Hk, Q, d]");
+  return {score_of(query, shape, grouping_of(shape, absmax.size(2), 0), block_table, tail_start,
+                   sink_tokens),
+          float_dtype(key_cache, "key_cache"), records<void>(absmax, "absmax", 4, dtype),
+          cache(key_cache, "key_cache", dtype), static_cast<int32_t>(critical_channels)};
+}
+
+void give_scores(tailorkv::ScoreTokens& score, const Tensor& scores) {
+  require(scores, "scores", 3, ScalarType::Float);
+  score.scores = static_cast<float*>(scores.data_ptr());
+  score.scores_row = scores.stride(0);
+  score.scores_head = scores.stride(1);
+}
+
+int32_t* indices_of(const Tensor& indices) {
+  require_contiguous(indices, "indices", 3, ScalarType::Int);
+  return static_cast<int32_t*>(indices.data_ptr());
+}
+
+void score_onebit(const Tensor& scores, const Tensor& query, const Tensor& key_codes,
+                  const Tensor& key_scale, const Tensor& key_zero, const Tensor& block_table,
+                  const Tensor& tail_start, int64_t sink_tokens, int64_t block_size) {
+  auto op = onebit_of(query, key_codes, key_scale, key_zero, block_table, tail_start, sink_tokens,
+                      block_size);
+  give_scores(op.score, scores);
+  kernels().score_onebit(op);
 }
 
 void score_channels(const Tensor& scores, const Tensor& query, const Tensor& absmax,
                     const Tensor& key_cache, const Tensor& block_table, const Tensor& tail_start,
                     int64_t sink_tokens, int64_t critical_channels) {
-  const auto dtype = key_cache.scalar_type();
-  const auto shape = shape_of(key_cache);
-  REQUIRE(query.dim() == 4 && query.size(1) == shape.kv_heads && query.size(3) == shape.head_size,
-          "query", "[R, Hk, Q, d]");
-  kernels().score_channels(
-      {score_of(scores, query, shape, grouping_of(shape, absmax.size(2), 0), block_table,
-                tail_start, sink_tokens),
-       float_dtype(key_cache, "key_cache"), records<void>(absmax, "absmax", 4, dtype),
-       cache(key_cache, "key_cache", dtype), static_cast<int32_t>(critical_channels)});
+  auto op = channels_of(query, absmax, key_cache, block_table, tail_start, sink_tokens,
+                        critical_channels);
+  give_scores(op.score, scores);
+  kernels().score_channels(op);
+}
+
+void propose_onebit(const Tensor& indices, const Tensor& query, const Tensor& key_codes,
+                    const Tensor& key_scale, const Tensor& key_zero, const Tensor& block_table,
+                    const Tensor& tail_start, int64_t sink_tokens, int64_t block_size) {
+  kernels().propose_onebit({onebit_of(query, key_codes, key_scale, key_zero, block_table,
+                                      tail_start, sink_tokens, block_size),
+                            indices_of(indices), size(indices, 2)});
+}
+
+void propose_channels(const Tensor& indices, const Tensor& query, const Tensor& absmax,
+                      const Tensor& key_cache, const Tensor& block_table, const Tensor& tail_start,
+                      int64_t sink_tokens, int64_t critical_channels) {
+  kernels().propose_channels({channels_of(query, absmax, key_cache, block_table, tail_start,
+                                          sink_tokens, critical_channels),
+                              indices_of(indices), size(indices, 2)});
 }
 
 void select_topk(const Tensor& indices, const Tensor& scores, const Tensor& tail_start,
@@ -303,7 +350,7 @@ STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
   m.def(
       "write_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) "
       "value_cache, "
-      "Tensor slot_mapping) -> ()");
+      "Tensor slot_mapping, Tensor(c!)? key_rows) -> ()");
   m.def(
       "quantize_dense(Tensor groups, Tensor key_cache, Tensor value_cache, "
       "Tensor(a!) key_codes, "
@@ -337,6 +384,13 @@ STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
       "Tensor block_table, Tensor tail_start, int sink_tokens, int "
       "critical_channels) -> ()");
   m.def(
+      "propose_onebit(Tensor(a!) indices, Tensor query, Tensor key_codes, Tensor key_scale, "
+      "Tensor key_zero, Tensor block_table, Tensor tail_start, int sink_tokens, int block_size) "
+      "-> ()");
+  m.def(
+      "propose_channels(Tensor(a!) indices, Tensor query, Tensor absmax, Tensor key_cache, "
+      "Tensor block_table, Tensor tail_start, int sink_tokens, int critical_channels) -> ()");
+  m.def(
       "select_topk(Tensor(a!) indices, Tensor scores, Tensor tail_start, int "
       "sink_tokens) -> ()");
   m.def(
@@ -363,6 +417,8 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_tailorkv, CPU, m) {
   m.impl("quantized_decode_attention", TORCH_BOX(&quantized_decode_attention));
   m.impl("score_onebit", TORCH_BOX(&score_onebit));
   m.impl("score_channels", TORCH_BOX(&score_channels));
+  m.impl("propose_onebit", TORCH_BOX(&propose_onebit));
+  m.impl("propose_channels", TORCH_BOX(&propose_channels));
   m.impl("select_topk", TORCH_BOX(&select_topk));
   m.impl("refine_topk", TORCH_BOX(&refine_topk));
   m.impl("sparse_decode_attention", TORCH_BOX(&sparse_decode_attention));

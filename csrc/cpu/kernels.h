@@ -54,6 +54,7 @@ struct WriteKv {
   int64_t key_token, key_head, value_token, value_head;
   Cache key_cache, value_cache;
   const int64_t* slots;  // [T]
+  Cache key_rows;        // K once more; none without data
 };
 
 enum class Derive : int32_t { kDense, kOnebit, kChannels };
@@ -122,6 +123,19 @@ struct ScoreChannels {
   int32_t critical_channels;
 };
 
+// score_tokens, and select_topk of what it would write; scores of `score` are not used.
+struct ProposeOnebit {
+  ScoreOnebit score;
+  int32_t* indices;  // [R, Hk, k]
+  int32_t k;
+};
+
+struct ProposeChannels {
+  ScoreChannels score;
+  int32_t* indices;  // [R, Hk, k]
+  int32_t k;
+};
+
 struct SelectTopk {
   int32_t rows, kv_heads, k;
   int32_t* indices;     // [R, Hk, k]
@@ -165,6 +179,8 @@ struct Kernels {
   void (*score_onebit)(const ScoreOnebit&);
   void (*score_channels)(const ScoreChannels&);
   void (*select_topk)(const SelectTopk&);
+  void (*propose_onebit)(const ProposeOnebit&);
+  void (*propose_channels)(const ProposeChannels&);
   void (*refine_topk)(const RefineTopk&);
   void (*sparse_decode_attention)(const SparseDecode&);
   void (*dense_preference)(const DensePreference&);

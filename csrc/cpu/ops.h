@@ -15,8 +15,11 @@
 #include "topk.h"
 #include "write.h"
 //
+#include "channels.h"
 #include "refine.h"
 #include "score.h"
+//
+#include "propose.h"
 
 #define TAILORKV_STRING_OF(x) #x
 #define TAILORKV_STRING(x) TAILORKV_STRING_OF(x)
@@ -30,6 +33,8 @@
    TAILORKV_ISA::score_onebit,               \
    TAILORKV_ISA::score_channels,             \
    TAILORKV_ISA::select_topk,                \
+   TAILORKV_ISA::propose_onebit,             \
+   TAILORKV_ISA::propose_channels,           \
    TAILORKV_ISA::refine_topk,                \
    TAILORKV_ISA::sparse_decode_attention,    \
    TAILORKV_ISA::dense_preference}

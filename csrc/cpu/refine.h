@@ -4,8 +4,9 @@
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 
-// Candidates asked for ahead of the one at work, where their channels lie side by side.
-constexpr int64_t kCandidatesAhead = 3;
+// Candidates asked for ahead of the one at work, where their channels lie side by side; into the
+// second-level cache, where more requests can wait.
+constexpr int64_t kCandidatesAhead = 8;
 // A tile of candidates tells which channels count.
 static_assert(kTile == 16, "the contract says how many");
 
@@ -102,7 +103,7 @@ void score_candidate_rows(const RefineTopk& op, const Refined& refined, int64_t 
   for (int64_t i = begin; i < end; ++i) {
     if (i + kCandidatesAhead < end) {
       const T* next = candidate_key<T>(op, refined, i + kCandidatesAhead);
-      for (int64_t c = 0; c < refined.count; c += kLine) __builtin_prefetch(next + c);
+      for (int64_t c = 0; c < refined.count; c += kLine) __builtin_prefetch(next + c, 0, 2);
     }
     const T* key = candidate_key<T>(op, refined, i);
     for_heads(op.query_heads / op.shape.kv_heads, [&](int h, auto heads) {
@@ -219,9 +220,11 @@ void refine(const RefineTopk& op) {
     if (refined[pair].found > 0) {
       float* weights = scores + pair * size;
       sum_weights(op, weights, refined[pair].found);
-      Ranked best = buffers + buffer_size(k) * omp_get_thread_num();
-      kept = find_best(best, weights, 0, refined[pair].found, k);
-      for (int64_t j = 0; j < kept; ++j) indices[j] = candidates[best.positions[j]];
+      Ranked ranked = buffers + buffer_size(k) * omp_get_thread_num();
+      Best best(ranked, k, nullptr);
+      best.offer(weights, 0, refined[pair].found);
+      kept = best.finish();
+      for (int64_t j = 0; j < kept; ++j) indices[j] = candidates[ranked.positions[j]];
     }
     for (int64_t j = kept; j < k; ++j) indices[j] = -1;
   });

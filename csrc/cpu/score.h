@@ -1,15 +1,29 @@
-// score_tokens, with either index.
+// score_tokens, with either index. Scores go, a few tokens at a time, to a `Taker`, which has
+//   prepare(tasks, heads)   before all tasks; a task scores that many heads
+//   open(i), close(i)       around task i, on its thread
+//   give(i, task, head, position, scores, n)   n scores of tokens from `position` on, ascending
 #pragma once
 
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 
-inline const int32_t* table_of(const ScoreTokens& op, int64_t row) {
-  return op.block_table.data + row * op.block_table.stride;
-}
+// Keeps all of them.
+struct ToScores {
+  const ScoreTokens& op;
+  void prepare(const Tasks&, int64_t) {}
+  void open(int64_t) {}
+  void close(int64_t) {}
+  void give(int64_t, const Task& task, int64_t head, int64_t position, const float* scores,
+            int64_t n) {
+    float* to = op.scores + task.row * op.scores_row + head * op.scores_head + position;
+    __builtin_memcpy(to, scores, static_cast<size_t>(n) * 4);
+  }
+};
 
-inline float* scores_of(const ScoreTokens& op, int64_t row, int64_t head) {
-  return op.scores + row * op.scores_row + head * op.scores_head;
+// Units of `size` tokens that a row's middle overlaps, from unit `sink_tokens / size` on.
+inline int64_t middle_units(const ScoreTokens& op, int32_t row, int64_t size) {
+  const int64_t tail = op.tail_start[row];
+  return tail > op.sink_tokens ? ceil_div(tail, size) - op.sink_tokens / size : 0;
 }
 
 //   query: [R, Hk, Q, d] to [R, Hk, Q, padded(d)]
@@ -77,15 +91,15 @@ inline void score_group(const uint8_t* codes, int64_t pitch, int64_t d, int64_t 
 // next one would come too late.
 constexpr int64_t kGroupsAhead = 2;
 
-void score_onebit(const ScoreOnebit& op) {
-  scratch_reset();
+template <class Taker>
+void score_onebit(const ScoreOnebit& op, Taker& taker) {
   const ScoreTokens& score = op.score;
   const int64_t d = score.shape.head_size, g = score.grouping.group_size;
   const int64_t per_block = score.grouping.groups_per_block;
   const int64_t first_unit = score.sink_tokens / g;
-  Tasks tasks = cut(score.rows, score.shape.kv_heads, 8, INT32_MAX, [&](int32_t row) {
-    return larger(0, ceil_div(score.tail_start[row], g) - first_unit);
-  });
+  Tasks tasks = cut(score.rows, score.shape.kv_heads, 8, INT32_MAX,
+                    [&](int32_t row) { return middle_units(score, row, g); });
+  taker.prepare(tasks, 1);
   const float* queries = take_score_queries(score);
   const int threads = num_threads();
   auto* scratches = take<ScoreScratch>(threads);
@@ -95,7 +109,7 @@ void score_onebit(const ScoreOnebit& op) {
     const ScoreScratch& scratch = scratches[omp_get_thread_num()];
     const int64_t pair = static_cast<int64_t>(task.row) * score.shape.kv_heads + task.head;
     const float* query = queries + pair * score.queries * padded(d);
-    float* out = scores_of(score, task.row, task.head);
+    taker.open(i);
     for (int64_t unit = task.begin + first_unit; unit < task.end + first_unit; ++unit) {
       const int64_t block = table_of(score, task.row)[unit / per_block];
       const int64_t group = unit % per_block;
@@ -105,27 +119,37 @@ void score_onebit(const ScoreOnebit& op) {
         const int64_t next_block = table_of(score, task.row)[next / per_block];
         add_key_lines(op.key, next_block, task.head, next % per_block, d, ahead);
       }
+      score_group(at(op.key.codes, block, task.head, group), op.key.codes.item, d, g, score.queries,
+                  query, scratch, ahead, scratch.best);
       const int64_t begin = larger(unit * g, score.sink_tokens);
       const int64_t end = smaller((unit + 1) * g, score.tail_start[task.row]);
-      const bool whole = end - begin == g;
-      score_group(at(op.key.codes, block, task.head, group), op.key.codes.item, d, g, score.queries,
-                  query, scratch, ahead, whole ? out + begin : scratch.best);
-      if (whole) continue;
-      for (int64_t t = begin; t < end; ++t) out[t] = scratch.best[t - unit * g];
+      taker.give(i, task, task.head, begin, scratch.best + begin - unit * g, end - begin);
     }
+    taker.close(i);
   });
 }
 
-// Blocks, of one head each, whose channels are asked for ahead of the one at work.
+// Blocks, of one head each, between the one at work and the one asked for.
 constexpr int64_t kKeysAhead = 4;
 
+// K of one head of a block, and the channels that matter to it.
+template <class T>
+struct CriticalKey {
+  const T* data;
+  const int32_t* channels;
+};
+
 // Scores of tokens [begin, end) of one block.
+//   next: a block, of any head, that will be read soon
 //   query: [Q, count], the values of the critical channels; scores: [end - begin]
 template <class T>
-void score_block(const ScoreChannels& op, const T* key, const int32_t* channels, int64_t count,
+void score_block(const ScoreChannels& op, CriticalKey<T> block, CriticalKey<T> next, int64_t count,
                  const float* query, int64_t begin, int64_t end, float* scores) {
   const Cache& cache = op.key_cache;
+  const T* key = block.data;
+  const int32_t* channels = block.channels;
   const int32_t queries = op.score.queries;
+  constexpr int64_t kLine = 64 / sizeof(T);
   if (cache.token == 1) {
     for_heads(queries, [&](int q, auto heads) {
       constexpr int N = decltype(heads)::value;
@@ -143,6 +167,15 @@ void score_block(const ScoreChannels& op, const T* key, const int32_t* channels,
         }
         for (int64_t i = 0; i < count; ++i) {
           const T* from = key + channels[i] * cache.channel + t;
+          if (q == 0) {
+            // The same stretch, a few lines at a time: the runs are too short, and lie too far
+            // apart, for the processor to foresee them. Into the second-level cache: more
+            // requests can wait there.
+            const T* ahead = next.data + next.channels[i] * cache.channel + t;
+            for (int64_t line = 0; line < V * W; line += kLine) {
+              __builtin_prefetch(ahead + line, 0, 2);
+            }
+          }
           for (int h = 0; h < N; ++h) {
             F x = splat(query[(q + h) * count + i]);
             for (int j = 0; j < V; ++j) totals[h][j] = fma(load(from + j * W), x, totals[h][j]);
@@ -180,95 +213,8 @@ void score_block(const ScoreChannels& op, const T* key, const int32_t* channels,
   }
 }
 
-// Magnitudes are ordered as the integers of their bits are.
-template <class T>
-struct MagnitudeBits {
-  using Type = uint16_t;
-};
-template <>
-struct MagnitudeBits<float> {
-  using Type = uint32_t;
-};
-
-// Records of absmax reduced before the maxima go back to memory.
-constexpr int64_t kRecords = 4;
-
-// Pick the critical channels of every row and KV head.
-//   channels: [R, Hk, count], ascending
-template <class T>
-void find_channels(const ScoreChannels& op, int64_t count, int32_t* channels) {
-  const ScoreTokens& score = op.score;
-  const int64_t d = score.shape.head_size, g = score.grouping.group_size, pitch = padded(d);
-  const int64_t per_block = score.grouping.groups_per_block, heads = score.shape.kv_heads;
-  Tasks tasks = cut(score.rows, score.shape.kv_heads, 64, INT32_MAX,
-                    [&](int32_t row) { return larger(0, ceil_div(score.tail_start[row], g)); });
-  using Bits = typename MagnitudeBits<T>::Type;
-  Bits* partial = take<Bits>(tasks.count * pitch);
-  parallel_for(tasks.count, [&](int64_t i) {
-    const Task& task = tasks.data[i];
-    Bits* most = partial + i * pitch;
-    __builtin_memset(most, 0, static_cast<size_t>(pitch) * sizeof(Bits));
-    auto record = [&](int64_t unit) {
-      return at<Bits>(op.absmax, table_of(score, task.row)[unit / per_block], task.head,
-                      unit % per_block);
-    };
-    auto larger_of = [](Bits x, Bits y) { return x > y ? x : y; };
-    for (int64_t unit = task.begin; unit < task.end; unit += kRecords) {
-      // The last ones are read again where there are fewer.
-      const int64_t last = task.end - 1;
-      const Bits* records[kRecords];
-      for (int64_t r = 0; r < kRecords; ++r) records[r] = record(smaller(unit + r, last));
-      for (int64_t c = 0; c < d; ++c) {
-        const Bits x = larger_of(larger_of(records[0][c], records[1][c]),
-                                 larger_of(records[2][c], records[3][c]));
-        most[c] = larger_of(most[c], x);
-      }
-    }
-  });
-  float* weight = take<float>(pitch);
-  Ranked ranked = take_ranked(d);
-  for (int64_t i = 0; i < tasks.count;) {
-    const Task& task = tasks.data[i];
-    const int64_t pair = task.row * heads + task.head;
-    const float* query = score.query + pair * score.queries * d;
-    __builtin_memset(weight, 0, static_cast<size_t>(pitch) * sizeof(float));
-    for (; i < tasks.count && tasks.data[i].row == task.row && tasks.data[i].head == task.head;
-         ++i) {
-      for (int64_t c = 0; c < d; ++c) {
-        T element;
-        __builtin_memcpy(&element, partial + i * pitch + c, sizeof(T));
-        const float magnitude = to_float(element);
-        weight[c] = magnitude > weight[c] ? magnitude : weight[c];
-      }
-    }
-    for (int64_t c = 0; c < d; ++c) {
-      float most = 0;
-      for (int32_t q = 0; q < score.queries; ++q) {
-        float magnitude = __builtin_fabsf(query[q * d + c]);
-        most = magnitude > most ? magnitude : most;
-      }
-      weight[c] *= most;
-    }
-    choose_channels(weight, d, count, ranked, channels + pair * count);
-  }
-}
-
-// Ask for the critical channels of one block: the runs are too short, and lie too far apart, for
-// the processor to foresee them. Into the second-level cache: more requests can wait there.
-template <class T>
-void prefetch_channels(const ScoreChannels& op, const T* key, const int32_t* channels,
-                       int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  if (op.key_cache.token != 1) return;
-  for (int64_t i = 0; i < count; ++i) {
-    const T* run = key + channels[i] * op.key_cache.channel;
-    for (int64_t t = 0; t < op.score.shape.block_size; t += kLine)
-      __builtin_prefetch(run + t, 0, 2);
-  }
-}
-
-template <class T>
-void score_critical(const ScoreChannels& op) {
+template <class T, class Taker>
+void score_critical(const ScoreChannels& op, Taker& taker) {
   const ScoreTokens& score = op.score;
   const int64_t d = score.shape.head_size, bs = score.shape.block_size;
   const int64_t heads = score.shape.kv_heads, pairs = score.rows * heads;
@@ -281,38 +227,50 @@ void score_critical(const ScoreChannels& op) {
     const int32_t* chosen = channels + i / score.queries * count;
     for (int64_t j = 0; j < count; ++j) queries[i * count + j] = score.query[i * d + chosen[j]];
   }
+  float* scores = take<float>(num_threads() * padded(bs));
   // A block's heads lie side by side, so a task takes them all, block by block.
   const int64_t first_block = score.sink_tokens / bs;
-  Tasks tasks = cut(score.rows, 1, ceil_div(4, heads), INT32_MAX, [&](int32_t row) {
-    return larger(0, ceil_div(score.tail_start[row], bs) - first_block);
-  });
+  Tasks tasks = cut(score.rows, 1, ceil_div(4, heads), INT32_MAX,
+                    [&](int32_t row) { return middle_units(score, row, bs); });
+  taker.prepare(tasks, heads);
   parallel_for(tasks.count, [&](int64_t i) {
     const Task& task = tasks.data[i];
     const int32_t* table = table_of(score, task.row) + first_block;
     const int64_t end_unit = task.end * heads;
-    auto key_at = [&](int64_t unit) {
-      return at<T>(op.key_cache, table[unit / heads], unit % heads, 0, 0);
+    auto key_of = [&](int64_t unit) {
+      return CriticalKey<T>{at<T>(op.key_cache, table[unit / heads], unit % heads, 0, 0),
+                            channels + (task.row * heads + unit % heads) * count};
     };
+    float* best = scores + omp_get_thread_num() * padded(bs);
+    taker.open(i);
     for (int64_t unit = task.begin * heads; unit < end_unit; ++unit) {
       const int64_t head = unit % heads, first_token = (first_block + unit / heads) * bs;
-      const int64_t pair = task.row * heads + head;
-      if (unit + kKeysAhead < end_unit) {
-        prefetch_channels<T>(op, key_at(unit + kKeysAhead),
-                             channels + (task.row * heads + (unit + kKeysAhead) % heads) * count,
-                             count);
-      }
       const int64_t begin = larger(first_token, score.sink_tokens);
       const int64_t end = smaller(first_token + bs, score.tail_start[task.row]);
-      score_block<T>(op, key_at(unit), channels + pair * count, count, queries + pair * pair_size,
-                     begin - first_token, end - first_token,
-                     scores_of(score, task.row, head) + begin);
+      score_block<T>(op, key_of(unit), key_of(smaller(unit + kKeysAhead, end_unit - 1)), count,
+                     queries + (task.row * heads + head) * pair_size, begin - first_token,
+                     end - first_token, best);
+      taker.give(i, task, head, begin, best, end - begin);
     }
+    taker.close(i);
   });
+}
+
+template <class Taker>
+void score_channels(const ScoreChannels& op, Taker& taker) {
+  visit(op.dtype, [&](auto element) { score_critical<decltype(element)>(op, taker); });
+}
+
+void score_onebit(const ScoreOnebit& op) {
+  scratch_reset();
+  ToScores taker{op.score};
+  score_onebit(op, taker);
 }
 
 void score_channels(const ScoreChannels& op) {
   scratch_reset();
-  visit(op.dtype, [&](auto element) { score_critical<decltype(element)>(op); });
+  ToScores taker{op.score};
+  score_channels(op, taker);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// select_topk: one pass over the scores with a rising threshold. Few scores pass it, so that the
+// select_topk: one pass over the scores with a rising limit. Few scores pass it, so that the
 // pass runs at the speed of memory; those that do wait in a buffer, which is cut to the k best
-// whenever it is full and then raises the threshold. Buffers stay in ascending order of position,
+// whenever it is full and then raises the limit. Buffers stay in ascending order of position,
 // so nothing is ever sorted: the cut looks for the k-th best key by bisection, whose counts are
 // loops over vectors without a branch.
 #pragma once
@@ -93,44 +93,150 @@ inline void choose_channels(const float* weight, int64_t d, int64_t count, Ranke
   __builtin_memcpy(channels, ranked.positions, static_cast<size_t>(count) * 4);
 }
 
-// The min(k, end - begin) best scores of [begin, end), in ascending order of position.
-//   scores: [S]; ranked: [buffer_size(k)]
-// Returns how many there are.
-int64_t find_best(Ranked ranked, const float* scores, int64_t begin, int64_t end, int64_t k) {
-  const int64_t capacity = buffer_size(k) - 2 * kUnrolled;
-  int64_t count = smaller(end - begin, capacity), i = begin + count;
-  if (count > 0) __builtin_memcpy(ranked.keys, scores + begin, static_cast<size_t>(count) * 4);
-  for (int64_t j = 0; j < count; ++j) ranked.positions[j] = static_cast<int32_t>(begin + j);
-  // Keys of the buffer that are no longer plain bits of scores.
-  int64_t converted = 0;
-  float threshold = 0;
-  auto shrink = [&] {
-    for (int64_t j = converted; j < count; ++j) ranked.keys[j] = rank_key(ranked.keys[j]);
-    converted = count;
-    if (count <= k) return;
-    threshold = key_score(keep_best(ranked, count, k));
-    converted = count = k;
-  };
-  if (i < end) shrink();
-  // A score that equals the threshold stands behind those that are in: they came earlier.
-  for (; i + kUnrolled <= end; i += kUnrolled) {
-    F limit = splat(threshold);
-    uint32_t passing[4];
-    for (int j = 0; j < 4; ++j) passing[j] = greater(load(scores + i + j * W), limit);
-    if ((passing[0] | passing[1] | passing[2] | passing[3]) == 0) continue;
-    for (int j = 0; j < 4; ++j) {
-      count += pack(load(scores + i + j * W), static_cast<int32_t>(i + j * W), passing[j],
-                    ranked.keys + count, ranked.positions + count);
+// No score is known to be among the best of a row: the key of -infinity.
+constexpr int32_t kNoFloor = -2139095041;
+
+// A number that every score exceeds whose key is at least `floor`, and few others.
+inline float below(int32_t floor) {
+  // Wider around zero: processors may take the smallest numbers for it.
+  constexpr int32_t kSmallest = 0x800001;
+  if (floor >= -kSmallest && floor <= kSmallest) floor = -kSmallest;
+  return key_score(floor - 1);
+}
+
+// The k best of the scores that it is offered, in ascending order of position.
+//
+// Several of them may look through parts of one row at the same time. They share a floor, a key
+// that k scores of the row are known to reach: what lies below it cannot be among the best.
+class Best {
+ public:
+  // ranked: [buffer_size(k)]; floor: null where nothing is shared
+  Best(Ranked ranked, int64_t k, int32_t* floor)
+      : ranked_(ranked), k_(k), capacity_(buffer_size(k) - 2 * kUnrolled), floor_(floor) {
+    heed_floor();
+  }
+
+  // The scores [n] of the positions from `first` on, all later than those before.
+  void offer(const float* scores, int64_t first, int64_t n) {
+    int64_t i = 0;
+    heed_floor();
+    if (!filtering_) {
+      i = smaller(n, capacity_ - count_);
+      __builtin_memcpy(ranked_.keys + count_, scores, static_cast<size_t>(i) * 4);
+      for (int64_t j = 0; j < i; ++j) {
+        ranked_.positions[count_ + j] = static_cast<int32_t>(first + j);
+      }
+      count_ += i;
+      if (i == n) return;
+      shrink();
     }
-    if (count > capacity) shrink();
+    // A score that equals the limit stands behind those that are in: they came earlier.
+    for (; i + kUnrolled <= n; i += kUnrolled) {
+      F limit = splat(limit_);
+      uint32_t passing[4];
+      for (int j = 0; j < 4; ++j) passing[j] = greater(load(scores + i + j * W), limit);
+      if ((passing[0] | passing[1] | passing[2] | passing[3]) == 0) continue;
+      for (int j = 0; j < 4; ++j) {
+        count_ += pack(load(scores + i + j * W), static_cast<int32_t>(first + i + j * W),
+                       passing[j], ranked_.keys + count_, ranked_.positions + count_);
+      }
+      if (count_ > capacity_) shrink();
+    }
+    for (; i < n; ++i) {
+      if (!(scores[i] > limit_)) continue;
+      __builtin_memcpy(ranked_.keys + count_, scores + i, 4);
+      ranked_.positions[count_++] = static_cast<int32_t>(first + i);
+    }
+    if (count_ > capacity_) shrink();
   }
-  for (; i < end; ++i) {
-    if (!(scores[i] > threshold)) continue;
-    __builtin_memcpy(ranked.keys + count, scores + i, 4);
-    ranked.positions[count++] = static_cast<int32_t>(i);
+
+  // Cut them down to the k best; how many there are.
+  int64_t finish() {
+    shrink();
+    return count_;
   }
-  shrink();
-  return count;
+
+ private:
+  void heed_floor() {
+    if (floor_ == nullptr) return;
+    const int32_t floor = __atomic_load_n(floor_, __ATOMIC_RELAXED);
+    if (floor <= seen_floor_) return;
+    seen_floor_ = floor;
+    const float limit = below(floor);
+    if (!filtering_ || limit > limit_) limit_ = limit;
+    filtering_ = true;
+  }
+
+  void shrink() {
+    for (int64_t j = converted_; j < count_; ++j) ranked_.keys[j] = rank_key(ranked_.keys[j]);
+    converted_ = count_;
+    if (count_ <= k_) return;
+    const int32_t threshold = keep_best(ranked_, count_, k_);
+    converted_ = count_ = k_;
+    const float limit = key_score(threshold);
+    if (!filtering_ || limit > limit_) limit_ = limit;
+    filtering_ = true;
+    // Another one's higher floor may be lost to this one: both are true.
+    if (floor_ != nullptr && threshold > seen_floor_) {
+      seen_floor_ = threshold;
+      __atomic_store_n(floor_, threshold, __ATOMIC_RELAXED);
+    }
+  }
+
+  Ranked ranked_;
+  int64_t k_, capacity_, count_ = 0;
+  // Keys of the buffer that are no longer plain bits of scores.
+  int64_t converted_ = 0;
+  float limit_ = 0;
+  // From when on scores must exceed the limit.
+  bool filtering_ = false;
+  int32_t* floor_;
+  int32_t seen_floor_ = kNoFloor;
+};
+
+// The best of one row and head, found in parts.
+struct Found {
+  Ranked ranked;
+  int64_t count;
+};
+
+inline void copy_found(Ranked from, int64_t count, Found* to) {
+  to->count = count;
+  __builtin_memcpy(to->ranked.keys, from.keys, static_cast<size_t>(count) * 4);
+  __builtin_memcpy(to->ranked.positions, from.positions, static_cast<size_t>(count) * 4);
+}
+
+inline Found* take_found(int64_t n, int64_t k) {
+  auto* found = take<Found>(n);
+  for (int64_t i = 0; i < n; ++i) found[i] = Found{take_ranked(k), 0};
+  return found;
+}
+
+// The k best of all parts, ascending, then -1.
+//   part(j): the parts of one row and head, in ascending order of position
+//   merged: [parts * k]
+template <class Part>
+void merge_found(int64_t parts, Part part, Ranked merged, int64_t k, int32_t* indices) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < parts; ++j) {
+    const Found& found = part(j);
+    for (int64_t i = 0; i < found.count; ++i, ++count) {
+      merged.keys[count] = found.ranked.keys[i];
+      merged.positions[count] = found.ranked.positions[i];
+    }
+  }
+  if (count > k) {
+    keep_best(merged, count, k);
+    count = k;
+  }
+  for (int64_t i = 0; i < count; ++i) indices[i] = merged.positions[i];
+  for (int64_t i = count; i < k; ++i) indices[i] = -1;
+}
+
+inline int32_t* take_floors(int64_t n) {
+  int32_t* floors = take<int32_t>(n);
+  for (int64_t i = 0; i < n; ++i) floors[i] = kNoFloor;
+  return floors;
 }
 
 void select_topk(const SelectTopk& op) {
@@ -146,40 +252,25 @@ void select_topk(const SelectTopk& op) {
   // Ranges of a row only pay when there are too few rows for the threads.
   int64_t parts = pairs >= 2 * num_threads() ? 1 : ceil_div(2 * num_threads(), pairs);
   parts = larger(1, smaller(parts, longest / (2 * size)));
-  // The best of a pair's ranges one after the other, so that they ascend as a whole too.
-  Ranked best = take_ranked(pairs * parts * k);
-  int64_t* counts = take<int64_t>(pairs * parts);
+  Found* found = take_found(pairs * parts, k);
+  int32_t* floors = take_floors(pairs);
   Ranked buffers = take_ranked(size * num_threads());
   parallel_for(pairs * parts, [&](int64_t i) {
     const int64_t pair = i / parts, part = i % parts;
     const int64_t row = pair / op.kv_heads, head = pair % op.kv_heads;
-    const int64_t start = op.sink_tokens;
-    const int64_t middle = larger(0, op.tail_start[row] - start);
-    const float* scores = op.scores + row * op.scores_row + head * op.scores_head;
+    const int64_t middle = larger(0, op.tail_start[row] - op.sink_tokens);
+    const int64_t begin = op.sink_tokens + middle * part / parts;
+    const int64_t end = op.sink_tokens + middle * (part + 1) / parts;
     Ranked buffer = buffers + size * omp_get_thread_num();
-    counts[i] = find_best(buffer, scores, start + middle * part / parts,
-                          start + middle * (part + 1) / parts, k);
-    for (int64_t j = 0; j < counts[i]; ++j) {
-      best.keys[i * k + j] = buffer.keys[j];
-      best.positions[i * k + j] = buffer.positions[j];
-    }
+    Best best(buffer, k, floors + pair);
+    best.offer(op.scores + row * op.scores_row + head * op.scores_head + begin, begin, end - begin);
+    copy_found(buffer, best.finish(), found + i);
   });
+  Ranked merged = take_ranked(pairs * parts * k);
   parallel_for(pairs, [&](int64_t pair) {
-    Ranked candidates = best + pair * parts * k;
-    int64_t count = counts[pair * parts];
-    for (int64_t part = 1; part < parts; ++part) {
-      for (int64_t j = 0; j < counts[pair * parts + part]; ++j, ++count) {
-        candidates.keys[count] = candidates.keys[part * k + j];
-        candidates.positions[count] = candidates.positions[part * k + j];
-      }
-    }
-    if (count > k) {
-      keep_best(candidates, count, k);
-      count = k;
-    }
-    int32_t* indices = op.indices + pair * k;
-    for (int64_t j = 0; j < count; ++j) indices[j] = candidates.positions[j];
-    for (int64_t j = count; j < k; ++j) indices[j] = -1;
+    merge_found(
+        parts, [&](int64_t j) -> const Found& { return found[pair * parts + j]; },
+        merged + pair * parts * k, k, op.indices + pair * k);
   });
 }
 

@@ -44,6 +44,10 @@ void write_all(const WriteKv& op, const Run* runs, int64_t num_runs) {
               key + run.token * op.key_token + head * op.key_head, op.key_token);
     write_run(op.value_cache, run, head, op.shape.head_size,
               value + run.token * op.value_token + head * op.value_head, op.value_token);
+    if (op.key_rows.data != nullptr) {
+      write_run(op.key_rows, run, head, op.shape.head_size,
+                key + run.token * op.key_token + head * op.key_head, op.key_token);
+    }
   });
 }
 

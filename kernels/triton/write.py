@@ -54,11 +54,16 @@ def write_kv(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    key_rows: torch.Tensor | None = None,
 ) -> None:
     """See `ops.write_kv`."""
     num_tokens, heads, head_size = key.shape
     if not num_tokens:
         return
+    if key_rows is not None:
+        # Pages that a GPU reads are token-major, and need no rows; where they are asked for,
+        # writing K twice is good enough.
+        write_kv(key, key, key_rows, key_rows, slot_mapping)
     _write_rows[(triton.cdiv(num_tokens, _BLOCK_TOKENS), heads)](
         key,
         *key.stride()[:2],

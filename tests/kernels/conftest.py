@@ -152,9 +152,10 @@ def make_cache(
     dtype: torch.dtype = torch.bfloat16,
     key_layout: KeyLayout = KeyLayout.CHANNEL_MAJOR,
     num_blocks: int = 8,
+    key_rows: bool = False,
 ) -> Cache:
     layout = PageLayout(
-        kind, heads, head_size, block_size, group_size, bits, ITEMSIZE[dtype], key_layout
+        kind, heads, head_size, block_size, group_size, bits, ITEMSIZE[dtype], key_layout, key_rows
     )
     size = layout.host_bytes + layout.derived_bytes
     raw = torch.full((num_blocks, size), 0xFF, dtype=torch.uint8)

@@ -62,6 +62,23 @@ def test_reference_against_loops(build_cache):
     assert int((~cache.host.value.isnan()).sum()) == written
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("slots", ["consecutive", "scattered", "padded"])
+def test_key_rows(fast, build_cache, dtype, slots):
+    """K lands in both places, V in one, and nothing else changes."""
+    cache = build_cache(dtype=dtype, key_rows=True)
+    expected = cache.clone()
+    key, value = torch.randn(2, 300, 2, 64).to(dtype)
+    mapping = slots_of(slots, 300, 8 * 128)
+    host = expected.host
+    reference.write_kv(key, value, host.key, host.value, mapping, host.key_rows)
+    host = cache.host
+    fast.write_kv(key, value, host.key, host.value, mapping, host.key_rows)
+    assert torch.equal(cache.raw, expected.raw)
+    assert torch.equal(host.key.nan_to_num(), host.key_rows.nan_to_num())
+    assert int((~host.key_rows.isnan()).sum()) == 2 * 64 * int((mapping >= 0).sum())
+
+
 def test_arguments(build_cache):
     cache = build_cache()
     key = torch.zeros(3, 2, 64, dtype=torch.bfloat16)
@@ -75,3 +92,5 @@ def test_arguments(build_cache):
         ops.write_kv(key, key, *pages, slots[:2])
     with pytest.raises(ValueError, match="int64"):
         ops.write_kv(key, key, *pages, slots.int())
+    with pytest.raises(ValueError, match="key_rows"):
+        ops.write_kv(key, key, *pages, slots, pages[0][:1])

@@ -33,6 +33,7 @@ DEFAULTS = {
     "query_reduce": "mean",
     "full_attention_below": 2048,
     "placement": "auto",
+    "key_rows": True,
     "host_pool_gib": None,
 }
 
@@ -250,3 +251,14 @@ def test_token_budget(options: dict[str, Any], budget: int, exact: int) -> None:
 def test_booleans_are_refused(option: str) -> None:
     with pytest.raises(TailorKVError, match=f"{option}=True: must not be a boolean"):
         load_config({option: True})
+
+
+@pytest.mark.parametrize("value", [0, 1, "true", "no", None])
+def test_only_booleans_for_a_switch(value: Any) -> None:
+    with pytest.raises(TailorKVError, match=r"key_rows=.*must be true or false"):
+        load_config({"key_rows": value})
+
+
+def test_switch_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_TAILORKV_KEY_ROWS", "false")
+    assert load_config({}).key_rows is False

@@ -5,13 +5,13 @@ from math import ceil
 
 import pytest
 
-from vllm_tailorkv.layout import DerivedKind, PageLayout
+from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 CASES = [
-    PageLayout(kind, heads, head_size, 128, group_size, bits, itemsize)
-    for kind, heads, head_size, group_size, bits, itemsize in product(
-        DerivedKind, (1, 8), HEAD_SIZES, (32, 64, 128), (1, 2, 4), (2, 4)
+    PageLayout(kind, heads, head_size, 128, group_size, bits, itemsize, key_rows=key_rows)
+    for kind, heads, head_size, group_size, bits, itemsize, key_rows in product(
+        DerivedKind, (1, 8), HEAD_SIZES, (32, 64, 128), (1, 2, 4), (2, 4), (False, True)
     )
 ]
 
@@ -55,7 +55,8 @@ def test_page_sizes() -> None:
     for layout in CASES:
         heads, size, d = layout.num_kv_heads, layout.kv_itemsize, layout.head_size
         assert layout.groups_per_block == 128 // layout.group_size
-        assert layout.host_bytes == heads * 2 * 128 * d * size
+        assert layout.full_bytes == heads * 2 * 128 * d * size
+        assert layout.host_bytes == heads * (3 if layout.key_rows else 2) * 128 * d * size
         unit = layout.group_size * size
         assert layout.record_bytes % unit == 0
         assert layout.record_bytes - used_bytes(layout) in range(unit)
@@ -108,3 +109,8 @@ def test_blocks_are_whole_groups(block_size: int, group_size: int) -> None:
 def test_groups_are_whole_bytes() -> None:
     with pytest.raises(ValueError, match="4 codes of 1 bits do not fill bytes"):
         PageLayout(DerivedKind.DENSE, 8, 128, 64, 4, 1, 2)
+
+
+def test_token_major_keys_have_no_rows() -> None:
+    with pytest.raises(ValueError, match="key_rows"):
+        PageLayout(DerivedKind.ONEBIT, 1, 64, 128, 64, 1, 2, KeyLayout.TOKEN_MAJOR, key_rows=True)

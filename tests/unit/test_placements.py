@@ -44,6 +44,7 @@ def make_spec(kind: DerivedKind, split: bool, dtype: torch.dtype = torch.bfloat1
         "kind": kind,
         "group_size": GROUP_SIZE,
         "bits": 2,
+        "key_rows": kind is DerivedKind.CHANNELS,
         "split": split,
     }
     layout = TailorKVSpec(**fields).layout
@@ -125,6 +126,8 @@ def test_tiers_do_not_overlap(kind: DerivedKind, split: bool, dtype: torch.dtype
     impl, cache = make_impl(spec), make_cache(spec)
     impl.bind(LAYER, cache)
     host = [bound(impl).host.key, bound(impl).host.value]
+    if (rows := bound(impl).host.key_rows) is not None:
+        host.append(rows)
     derived = leaves(bound(impl).derived)
     for number, tensor in enumerate(host + derived):
         others = [raw_bytes(other) for other in host + derived if other is not tensor]

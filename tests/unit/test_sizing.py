@@ -20,7 +20,8 @@ BLOCKS = 5
 
 
 def layout_of(kind: DerivedKind, bits: int = 2) -> PageLayout:
-    return PageLayout(kind, 2, 80, 128, 64, bits, 2)
+    rows = kind is DerivedKind.CHANNELS
+    return PageLayout(kind, 2, 80, 128, 64, bits, 2, key_rows=rows)
 
 
 LAYOUTS = {
@@ -36,6 +37,7 @@ def sizing_of(**changes: Any) -> CacheSizing:
         "dense_layers": (0,),
         "sparse_layers": (1,),
         "block_size": 128,
+        "full_bytes": 1000,
         "host_bytes": 1000,
         "derived_bytes": 100,
         "other_bytes": 0,
@@ -57,7 +59,9 @@ def leaves(pages: Any) -> list[torch.Tensor]:
 def test_sum_of_the_layers(split: bool) -> None:
     sizing = size_cache(LAYOUTS, 12, split=split)
     assert (sizing.dense_layers, sizing.sparse_layers) == ((0, 1), (2, 7))
+    assert sizing.full_bytes == sum(layout.full_bytes for layout in LAYOUTS.values())
     assert sizing.host_bytes == sum(layout.host_bytes for layout in LAYOUTS.values())
+    assert sizing.host_bytes == sizing.full_bytes + LAYOUTS[2].full_bytes // 2
     assert sizing.derived_bytes == sum(layout.derived_bytes for layout in LAYOUTS.values())
     assert (sizing.block_size, sizing.num_kv_heads, sizing.head_size) == (128, 2, 80)
     host = 0 if split else sizing.host_bytes
@@ -78,7 +82,8 @@ def test_bytes_are_those_of_the_tensors() -> None:
         assert host.dtype == torch.uint8
         assert not host.any()
         pages = host_pages(host, layout, torch.bfloat16)
-        assert pages.key.nbytes + pages.value.nbytes == host.nbytes
+        rows = 0 if pages.key_rows is None else pages.key_rows.nbytes
+        assert pages.key.nbytes + pages.value.nbytes + rows == host.nbytes
         host_bytes += host.nbytes
         derived = torch.zeros(BLOCKS, layout.derived_bytes, dtype=torch.uint8)
         viewed = leaves(derived_pages(derived, layout, torch.bfloat16))
@@ -120,6 +125,7 @@ def spec_of(layout: PageLayout, *, split: bool) -> TailorKVSpec:
         kind=layout.kind,
         group_size=layout.group_size,
         bits=layout.bits,
+        key_rows=layout.key_rows,
         split=split,
         state_content_bytes=page // (layout.num_kv_heads * layout.block_size),
     )
@@ -181,19 +187,26 @@ def test_memory_with_a_host_pool(available: int, pool: int, host: int, derived: 
 
 
 def test_description() -> None:
-    sizing = sizing_of(host_bytes=GIB, derived_bytes=GIB // 8)
+    sizing = sizing_of(full_bytes=GIB, host_bytes=GIB, derived_bytes=GIB // 8)
     assert sizing.describe(9) == [
         "host tier: 8,388,608 bytes a token in vLLM's pages, 9.00 GiB in all",
-        "derived tier: 1,048,576 bytes a token (12.5% of the host tier), 1.12 GiB in all",
+        "derived tier: 1,048,576 bytes a token (12.5% of K and V), 1.12 GiB in all",
         "9 blocks of 128 tokens: 1,024 tokens, which is also the longest context",
     ]
 
 
 def test_description_of_split_pages_and_other_layers() -> None:
-    sizing = sizing_of(host_bytes=128_000, derived_bytes=12_800, other_bytes=1280 * 128, split=True)
+    sizing = sizing_of(
+        full_bytes=128_000,
+        host_bytes=160_000,
+        derived_bytes=12_800,
+        other_bytes=1280 * 128,
+        split=True,
+    )
     assert sizing.describe(1001) == [
-        "host tier: 1,000 bytes a token in a pool of our own, 0.12 GiB in all",
-        "derived tier: 100 bytes a token (10.0% of the host tier), 0.01 GiB in all",
+        "host tier: 1,250 bytes a token in a pool of our own, 250 of them K once more (key_rows), "
+        "0.15 GiB in all",
+        "derived tier: 100 bytes a token (10.0% of K and V), 0.01 GiB in all",
         "other layers: 1,280 bytes a token",
         "1,001 blocks of 128 tokens: 128,000 tokens, which is also the longest context",
     ]

@@ -76,13 +76,11 @@ def check_budgets(vllm_config: VllmConfig) -> None:
     settings = load_settings(vllm_config)
     layouts = {
         layer: PageLayout(
-            kind=settings.kind(layer),
             num_kv_heads=model.get_num_kv_heads(parallel),
             head_size=model.get_head_size(),
             block_size=vllm_config.cache_config.block_size,
-            group_size=settings.config.group_size,
-            bits=settings.config.bits,
             kv_itemsize=get_dtype_size(model.dtype),
+            **settings.layout_fields(layer),
         )
         for layer in range(settings.plan.num_layers)
     }
@@ -166,7 +164,7 @@ def check_and_log(vllm_config: VllmConfig, sizing: CacheSizing | None, num_block
         "placement": "split" if sizing.split else "joint",
         "host_bytes_per_token": sizing.host_bytes // block,
         "derived_bytes_per_token": sizing.derived_bytes // block,
-        "full_bytes_per_token": sizing.host_bytes // block,
+        "full_bytes_per_token": sizing.full_bytes // block,
         "num_blocks": num_blocks,
         "block_size": block,
         "num_tokens": (num_blocks - 1) * block,

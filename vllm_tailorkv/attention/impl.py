@@ -126,7 +126,14 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         assert self.pages is not None
         host, derived = self.pages.host, self.pages.derived
         count = attn_metadata.num_actual_tokens
-        ops.write_kv(key[:count], value[:count], host.key, host.value, attn_metadata.slot_mapping)
+        ops.write_kv(
+            key[:count],
+            value[:count],
+            host.key,
+            host.value,
+            attn_metadata.slot_mapping,
+            host.key_rows,
+        )
         if len(attn_metadata.groups):
             ops.quantize_groups(attn_metadata.groups, host.key, host.value, derived)
         if attn_metadata.exact is not None:
@@ -189,7 +196,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             ops.sparse_decode_attention(
                 result,
                 part,
-                host.key,
+                host.gathered_key,
                 host.value,
                 indices,
                 rows.block_table,

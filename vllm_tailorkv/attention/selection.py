@@ -70,9 +70,10 @@ def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tenso
     assert not isinstance(index, DenseCodes)
     config, workspace = layer.config, layer.workspace
     shape = (len(query), host.key.shape[1])
-    scores = workspace.get("scores", (*shape, rows.max_boundary), torch.float32)
-    ops.score_tokens(
-        scores,
+    count = config.topk_tokens * config.rerank_factor
+    candidates = workspace.get("candidates", (*shape, count), torch.int32)
+    ops.propose_topk(
+        candidates,
         reduce_query(query, host.key.shape[1], config.query_reduce),
         index,
         host.key,
@@ -80,10 +81,8 @@ def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tenso
         rows.boundary,
         sink_tokens=config.sink_tokens,
         critical_channels=config.critical_channels,
+        max_tail_start=rows.max_boundary,
     )
-    count = config.topk_tokens * config.rerank_factor
-    candidates = workspace.get("candidates", (*shape, count), torch.int32)
-    ops.select_topk(candidates, scores, rows.boundary, sink_tokens=config.sink_tokens)
     if config.rerank_factor == 1:
         return candidates
     indices = workspace.get("indices", (*shape, config.topk_tokens), torch.int32)
@@ -91,9 +90,9 @@ def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tenso
         indices,
         candidates,
         query,
-        host.key,
+        host.gathered_key,
         rows.block_table,
-        channels=_ranked_channels(host.key),
+        channels=_ranked_channels(host.gathered_key),
         scale=layer.scale,
         softcap=layer.softcap,
     )

@@ -27,6 +27,17 @@ class Settings:
             return DerivedKind.DENSE
         return DerivedKind(self.config.index)
 
+    def layout_fields(self, layer: int) -> dict[str, Any]:
+        """What the options say of the pages of decoder layer `layer`: fields of `PageLayout`."""
+        kind = self.kind(layer)
+        return {
+            "kind": kind,
+            "group_size": self.config.group_size,
+            "bits": self.config.bits,
+            # A dense layer reads a few consecutive tokens exactly: rows would gain it nothing.
+            "key_rows": self.config.key_rows and kind is not DerivedKind.DENSE,
+        }
+
 
 def options_of(vllm_config: VllmConfig) -> Any:
     """Our section of `--additional-config`, or None."""

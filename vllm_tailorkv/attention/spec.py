@@ -27,12 +27,14 @@ class TailorKVSpec(FullAttentionSpec):
         kind: what the derived region holds.
         group_size: tokens or channels that share a scale.
         bits: bits of a code of a dense layer.
+        key_rows: whether the host region holds K once more, token-major.
         split: whether the host region lies in our own pool.
     """
 
     kind: DerivedKind
     group_size: int
     bits: int
+    key_rows: bool
     split: bool
 
     @property
@@ -46,6 +48,7 @@ class TailorKVSpec(FullAttentionSpec):
             group_size=self.group_size,
             bits=self.bits,
             kv_itemsize=get_dtype_size(self.dtype),
+            key_rows=self.key_rows,
         )
 
     @classmethod
@@ -70,16 +73,13 @@ def layer_spec(spec: KVCacheSpec, layer_name: str, vllm_config: VllmConfig) -> T
             f"channels and K heads of {spec.head_size}, which is not supported"
         )
     settings = load_settings(vllm_config)
-    kind = settings.kind(extract_layer_index(layer_name))
     fields = {
         "block_size": spec.block_size,
         "num_kv_heads": spec.num_kv_heads,
         "head_size": spec.head_size,
         "dtype": spec.dtype,
-        "kind": kind,
-        "group_size": settings.config.group_size,
-        "bits": settings.config.bits,
         "split": settings.split,
+        **settings.layout_fields(extract_layer_index(layer_name)),
     }
     layout = TailorKVSpec(**fields).layout
     page_bytes = layout.derived_bytes + (0 if settings.split else layout.host_bytes)

@@ -15,6 +15,7 @@ class CacheSizing:
     Args:
         dense_layers, sparse_layers: indices of this worker's layers of each kind.
         block_size: tokens of a block.
+        full_bytes: bytes of a block's K and V, each once, all layers.
         host_bytes: bytes of a block's host regions, all layers.
         derived_bytes: bytes of a block's derived regions, all layers.
         other_bytes: bytes of a block's pages in layers that vLLM keeps to itself.
@@ -25,6 +26,7 @@ class CacheSizing:
     dense_layers: tuple[int, ...]
     sparse_layers: tuple[int, ...]
     block_size: int
+    full_bytes: int
     host_bytes: int
     derived_bytes: int
     other_bytes: int
@@ -54,13 +56,14 @@ class CacheSizing:
     def describe(self, num_blocks: int) -> list[str]:
         """Lines for the start-up log. One block is vLLM's null block and holds no tokens."""
         block, tokens = self.block_size, (num_blocks - 1) * self.block_size
-        full = self.host_bytes // block
+        full, host = self.full_bytes // block, self.host_bytes // block
         derived = self.derived_bytes // block
         where = "a pool of our own" if self.split else "vLLM's pages"
+        rows = f", {host - full:,} of them K once more (key_rows)" if host > full else ""
         lines = [
-            f"host tier: {full:,} bytes a token in {where}, "
+            f"host tier: {host:,} bytes a token in {where}{rows}, "
             f"{num_blocks * self.host_bytes / GIB:.2f} GiB in all",
-            f"derived tier: {derived:,} bytes a token ({derived / full:.1%} of the host tier), "
+            f"derived tier: {derived:,} bytes a token ({derived / full:.1%} of K and V), "
             f"{num_blocks * self.derived_bytes / GIB:.2f} GiB in all",
         ]
         if self.other_bytes:
@@ -86,6 +89,7 @@ def size_cache(layouts: Mapping[int, PageLayout], other_bytes: int, *, split: bo
         dense_layers=tuple(sorted(dense)),
         sparse_layers=tuple(sorted(set(layouts) - dense)),
         block_size=first.block_size,
+        full_bytes=sum(layout.full_bytes for layout in layouts.values()),
         host_bytes=sum(layout.host_bytes for layout in layouts.values()),
         derived_bytes=sum(layout.derived_bytes for layout in layouts.values()),
         other_bytes=other_bytes,

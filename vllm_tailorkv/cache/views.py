@@ -21,11 +21,18 @@ class HostPages(NamedTuple):
     stored_key: K as its bytes lie, [NB, Hk, bs, d] contiguous within a head: for
         channel-major pages its last two axes hold `[d, bs]` data. vLLM's CPU attention op
         takes this one.
+    key_rows: K once more, token-major [NB, Hk, bs, d], if the layout has it.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     stored_key: torch.Tensor
+    key_rows: torch.Tensor | None
+
+    @property
+    def gathered_key(self) -> torch.Tensor:
+        """K as single tokens are best read from: [NB, Hk, bs, d]."""
+        return self.key if self.key_rows is None else self.key_rows
 
 
 def host_pages(pages: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> HostPages:
@@ -37,13 +44,16 @@ def host_pages(pages: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> H
         dtype: the model's dtype, of `layout.kv_itemsize` bytes.
     """
     size = layout.block_size * layout.head_size
-    both = pages.view(dtype).unflatten(1, (layout.num_kv_heads, 2, size))
-    stored_key = both[:, :, 0].unflatten(2, (layout.block_size, layout.head_size))
-    value = both[:, :, 1].unflatten(2, (layout.block_size, layout.head_size))
+    parts = pages.view(dtype).unflatten(1, (layout.num_kv_heads, layout.host_parts, size))
+    arrays = [
+        parts[:, :, i].unflatten(2, (layout.block_size, layout.head_size))
+        for i in range(layout.host_parts)
+    ]
+    stored_key, value = arrays[:2]
     if layout.key_layout is KeyLayout.TOKEN_MAJOR:
-        return HostPages(stored_key, value, stored_key)
-    key = both[:, :, 0].unflatten(2, (layout.head_size, layout.block_size)).transpose(2, 3)
-    return HostPages(key, value, stored_key)
+        return HostPages(stored_key, value, stored_key, None)
+    key = parts[:, :, 0].unflatten(2, (layout.head_size, layout.block_size)).transpose(2, 3)
+    return HostPages(key, value, stored_key, arrays[2] if layout.key_rows else None)
 
 
 def derived_pages(pages: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> DerivedPages:

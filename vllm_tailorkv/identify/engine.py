@@ -128,6 +128,7 @@ def _cache_bytes(model_config: ModelConfig, arguments: Mapping[str, Any], length
         group_size=TailorKVConfig().group_size,
         bits=1,
         kv_itemsize=get_dtype_size(model_config.dtype),
+        key_rows=TailorKVConfig().key_rows,
     )
     blocks = ceil(length / layout.block_size) + 2
     page = layout.host_bytes + layout.derived_bytes
