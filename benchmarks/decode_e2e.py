@@ -162,8 +162,6 @@ def run_engine(job: Job, threads: int, on_tokens: Callable[[int], None]) -> dict
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(threads),
-        # Spinning threads would keep others from the cores.
-        "OMP_WAIT_POLICY": "PASSIVE",
     }
     result = None
     reader, writer = os.pipe()

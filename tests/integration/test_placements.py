@@ -19,8 +19,21 @@ def test_split_pool_of_its_own(case: LongCase, random_llama: Path) -> None:
     with engine(random_llama, own) as llm:
         assert greedy(llm, case.prompts, 80) == case.tokens
         blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-        # 4 layers x 2 heads x K and V x 64 channels x 4 bytes x 128 tokens
-        assert blocks == (64 << 20) // (4 * 2 * 2 * 64 * 4 * 128)
+        dense = len(case.options["profile"]["dense_layers"])
+        # K and V, and K's rows in sparse layers; 2 heads x 64 channels x 4 bytes x 128 tokens
+        assert blocks == (64 << 20) // ((2 * dense + 3 * (4 - dense)) * 2 * 64 * 4 * 128)
+
+
+def test_without_key_rows(case: LongCase, random_llama: Path) -> None:
+    """Without a second ranking the same tokens are gathered, from other places."""
+    options = {**case.options, "rerank_factor": 1}
+    with engine(random_llama, options) as llm:
+        expected = greedy(llm, case.prompts, 80)
+    with engine(random_llama, {**options, "key_rows": False}) as llm:
+        assert all(
+            layer.impl.pages.host.key_rows is None for layer in attention_layers(llm).values()
+        )
+        assert greedy(llm, case.prompts, 80) == expected
 
 
 @pytest.fixture
@@ -63,10 +76,12 @@ def test_reported_bytes_are_the_tensors(random_llama: Path, placement: str) -> N
             found = attention_layers(llm)
             sizing, num_blocks = reported[-1]
             in_pool = sum(layer.kv_cache.nbytes for layer in found.values())
-            host = sum(
-                pages.key.nbytes + pages.value.nbytes
-                for pages in (layer.impl.pages.host for layer in found.values())
-            )
+            pages = [layer.impl.pages.host for layer in found.values()]
+            rows = [page.key_rows for page in pages if page.key_rows is not None]
+            assert len(rows) == len(sizing.sparse_layers) > 0
+            full = sum(page.key.nbytes + page.value.nbytes for page in pages)
+            assert full == num_blocks * sizing.full_bytes
+            host = full + sum(row.nbytes for row in rows)
             assert host == num_blocks * sizing.host_bytes
             assert in_pool == num_blocks * sizing.pool_bytes
             own = host if placement == "split" else 0

@@ -36,6 +36,9 @@ def test_derived_tier_follows_the_host_tier(tailored: Any) -> None:
         written[0] = False
         groups = written.flatten().nonzero().flatten()
         assert len(groups) > 20
+        if host.key_rows is not None:
+            blocks = (groups // records.shape[2]).unique()
+            assert torch.equal(host.key_rows[blocks], host.key[blocks])
         before = [tensor.clone() for tensor in tensors(derived)]
         ops.quantize_groups(groups, host.key, host.value, derived)
         for old, new in zip(before, tensors(derived), strict=True):
