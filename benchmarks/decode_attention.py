@@ -23,6 +23,7 @@ random, with a few heavy tokens planted in every row and KV head. Each case give
     baseline_error, fp8_baseline_error   vLLM's against float64 over all tokens, likewise
     planted_weight              share of full attention that planted tokens have
     planted_kept                share of planted tokens that selection kept; null when dense
+    command, date, revision, versions, processor   of this run
 """
 
 import argparse

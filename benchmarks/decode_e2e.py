@@ -14,6 +14,7 @@ took has the prefix baseline_:
     decode_steps                         timed
     peak_rss_bytes                       of the engine's process
     kv_cache_bytes                       all layers, both tiers, just enough for the batch
+    command, date, revision, versions, processor   of this run
 
 Reading a long prompt takes minutes (the work grows with its square). `--warm` reads it without
 the model: the backend writes and derives pages of random K and V, then decodes as ever.

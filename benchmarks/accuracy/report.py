@@ -2,10 +2,8 @@
 
 import json
 import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from provenance import revision, versions
 from rich.console import Console
 from rich.table import Table
 
@@ -78,8 +77,8 @@ class Report:
         """What is written to a file: plain values."""
         groups = self.groups
         return {
-            "revision": _revision(),
-            "versions": {name: version(name) for name in ("vllm", "torch", "transformers")},
+            "revision": revision(),
+            "versions": versions(),
             "python": platform.python_version(),
             "machine": platform.machine(),
             "arguments": self.arguments,
@@ -220,17 +219,3 @@ def write_json(report: Report, path: Path) -> None:
 def _name(group: Group) -> str:
     """`16384` or `16384 given`."""
     return f"{group[0]} {group[1]}" if group[1] == GIVEN else str(group[0])
-
-
-def _revision() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
+from provenance import provenance
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -83,9 +84,9 @@ class Lines:
             self._file.close()
 
     def add(self, record: dict[str, Any]) -> None:
-        """Write one."""
+        """Write one, and where it came from."""
         self.records.append(record)
-        print(json.dumps(record), file=self._file, flush=True)
+        print(json.dumps(record | provenance()), file=self._file, flush=True)
 
 
 def progress() -> Progress:

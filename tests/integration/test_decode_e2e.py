@@ -15,6 +15,7 @@ KEYS = {
     *RESULTS,
     *(f"baseline_{name}" for name in RESULTS),
     *("ttft_ratio", "ratio"),
+    *("command", "date", "revision", "versions", "processor"),
 }
 
 

@@ -18,6 +18,7 @@ DECODE_KEYS = {
     *("bytes_read", "bandwidth_share", "relative_error", "baseline_error"),
     *("fp8_baseline_error", "rows_checked", "planted_weight", "planted_kept", "rounds"),
 }
+PROVENANCE_KEYS = {"command", "date", "revision", "versions", "processor"}
 WRITE_KEYS = {
     *("shape", "layer", "index", "bits", "context", "chunk", "threads", "implementation", "isa"),
     *("write_ms", "derive_ms", "ms", "us_per_token", "baseline_ms", "baseline_isa"),
@@ -50,7 +51,7 @@ def test_decode_attention(tmp_path: Path) -> None:
     for line in lines:
         # Where vLLM has no fp8 path the reason stands beside the nulls.
         missing = {"fp8_missing"} if line["fp8_baseline_ms"] is None else set()
-        assert set(line) == DECODE_KEYS | missing
+        assert set(line) == DECODE_KEYS | missing | PROVENANCE_KEYS
         assert (line["implementation"], line["isa"]) == ("cpu", "portable")
         assert line["rows_checked"] == 2
         assert 0 < line["min_ms"] <= line["ms"]
@@ -72,7 +73,7 @@ def test_write_pages(tmp_path: Path) -> None:
         *(("channels", 1), ("onebit", 1), (None, 1), (None, 2), (None, 4))
     }
     for line in lines:
-        assert set(line) == WRITE_KEYS
+        assert set(line) == WRITE_KEYS | PROVENANCE_KEYS
         assert min(line["write_ms"], line["derive_ms"], line["attention_ms"]) > 0
 
 
