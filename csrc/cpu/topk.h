@@ -65,11 +65,18 @@ inline int32_t keep_best(Ranked ranked, int64_t n, int64_t k) {
   }
   const auto threshold = static_cast<int32_t>(low);
   // Where more than k reach it, it is the k-th best key itself, and the last of its equals go.
+  int64_t kept = 0, i = 0;
+  if (reaching == k) {
+    for (; i + W <= n; i += W) {
+      kept +=
+          compact(keys + i, ranked.positions + i, threshold, keys + kept, ranked.positions + kept);
+    }
+  }
   int32_t equal = 0;
-  for (int64_t i = 0; i < n; ++i) equal += keys[i] == threshold;
-  int64_t places = equal - (reaching - k), kept = 0;
+  for (int64_t j = i; j < n; ++j) equal += keys[j] == threshold;
+  int64_t places = equal - (reaching - k);
   // Without a branch, as none could be foreseen.
-  for (int64_t i = 0; i < n; ++i) {
+  for (; i < n; ++i) {
     const int32_t key = keys[i];
     const int tied = key == threshold;
     keys[kept] = key;

@@ -76,6 +76,18 @@ inline int pack(F x, int32_t position, uint32_t mask, int32_t* bits, int32_t* po
   }
   return count;
 }
+inline int compact(const int32_t* keys, const int32_t* positions, int32_t limit, int32_t* to_keys,
+                   int32_t* to_positions) {
+  int count = 0;
+  // Without a branch, as none could be foreseen.
+  for (int i = 0; i < W; ++i) {
+    const int32_t key = keys[i];
+    to_keys[count] = key;
+    to_positions[count] = positions[i];
+    count += key >= limit;
+  }
+  return count;
+}
 inline void store_bytes(uint8_t* p, F x) {
   __m256i words = _mm256_cvtps_epi32(x);
   __m128i packed =

@@ -70,6 +70,14 @@ inline int pack(F x, int32_t position, uint32_t mask, int32_t* bits, int32_t* po
   _mm512_storeu_si512(positions, _mm512_maskz_compress_epi32(lanes, from));
   return __builtin_popcount(mask);
 }
+inline int compact(const int32_t* keys, const int32_t* positions, int32_t limit, int32_t* to_keys,
+                   int32_t* to_positions) {
+  const __m512i key = _mm512_loadu_si512(keys), position = _mm512_loadu_si512(positions);
+  const __mmask16 kept = _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(limit));
+  _mm512_storeu_si512(to_keys, _mm512_maskz_compress_epi32(kept, key));
+  _mm512_storeu_si512(to_positions, _mm512_maskz_compress_epi32(kept, position));
+  return __builtin_popcount(kept);
+}
 inline void store_bytes(uint8_t* p, F x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }

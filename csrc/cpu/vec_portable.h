@@ -8,9 +8,13 @@
 //   store(p, x[, n])  W (or the first n) floats
 //   fma, max, min, abs, round_even, pow2 (of whole exponents in [-126, 127])
 //   sum, largest, smallest over the lanes; greater(a, b) one bit a lane
-//   pack              the bits of the lanes of a mask and position + lane, W written at most; how
-//   many store_bytes       whole numbers in [0, 255] as W bytes load_codes<B>     codes i .. i+W-1
-//   of a packed run, i a multiple of W accumulate        sum + codes * x
+//   pack              the bits of the lanes of a mask and their positions from `position` on; how
+//                     many; W are written
+//   compact           the keys that reach a limit, and their positions, of W; how many; W are
+//                     written, at or before where they are read
+//   store_bytes       whole numbers in [0, 255] as W bytes
+//   load_codes<B>     codes i .. i+W-1 of a packed run, i a multiple of W
+//   accumulate        sum + codes * x
 #pragma once
 
 #include <math.h>
@@ -121,6 +125,18 @@ inline int pack(F x, int32_t position, uint32_t mask, int32_t* bits, int32_t* po
     const int lane = __builtin_ctz(mask);
     bits[count] = all[lane];
     positions[count] = position + lane;
+  }
+  return count;
+}
+inline int compact(const int32_t* keys, const int32_t* positions, int32_t limit, int32_t* to_keys,
+                   int32_t* to_positions) {
+  int count = 0;
+  // Without a branch, as none could be foreseen.
+  for (int i = 0; i < W; ++i) {
+    const int32_t key = keys[i];
+    to_keys[count] = key;
+    to_positions[count] = positions[i];
+    count += key >= limit;
   }
   return count;
 }
