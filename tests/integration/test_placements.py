@@ -15,13 +15,19 @@ def test_split_equals_joint(case: LongCase, random_llama: Path) -> None:
 
 
 def test_split_pool_of_its_own(case: LongCase, random_llama: Path) -> None:
+    from vllm_tailorkv.kernels.types import DenseCodes
+
     own = {**case.options, "placement": "split", "host_pool_gib": 0.0625}
     with engine(random_llama, own) as llm:
         assert greedy(llm, case.prompts, 80) == case.tokens
         blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-        dense = len(case.options["profile"]["dense_layers"])
+        layers = attention_layers(llm).values()
+        plan = [isinstance(layer.impl.pages.derived, DenseCodes) for layer in layers]
+        dense, sparse = plan.count(True), plan.count(False)
+        assert dense > 0
+        assert sparse > 0
         # K and V, and K's rows in sparse layers; 2 heads x 64 channels x 4 bytes x 128 tokens
-        assert blocks == (64 << 20) // ((2 * dense + 3 * (4 - dense)) * 2 * 64 * 4 * 128)
+        assert blocks == (64 << 20) // ((2 * dense + 3 * sparse) * 2 * 64 * 4 * 128)
 
 
 def test_without_key_rows(case: LongCase, random_llama: Path) -> None:
