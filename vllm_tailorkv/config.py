@@ -96,8 +96,8 @@ class TailorKVConfig(BaseModel):
     full_attention_below: int = Field(
         default=2048,
         ge=0,
-        description="Contexts up to this many tokens are attended in full, which is as fast there "
-        "(the token budget always is).",
+        description="Contexts up to this many tokens are attended in full, which costs little "
+        "there (the token budget always is).",
     )
     placement: Literal["auto", "joint", "split"] = Field(
         default="auto",
