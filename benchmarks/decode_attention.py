@@ -88,7 +88,7 @@ def _check_memory(args: argparse.Namespace) -> None:
     shape = SHAPES[args.shape]
     tokens = -(-max(args.context) // BLOCK_SIZE) * BLOCK_SIZE * args.batch
     full = 2 * tokens * shape.kv_heads * shape.head_size * DTYPE.itemsize
-    needed, free = 3.5 * full, free_bytes()
+    needed, free = 4 * full, free_bytes()
     if needed > free:
         refuse(
             __file__,

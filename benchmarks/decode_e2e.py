@@ -136,7 +136,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _check_memory(args: argparse.Namespace, model: Model) -> None:
-    cache = 1.5 * args.batch * max(args.context) * model.kv_bytes_per_token
+    cache = 1.75 * args.batch * max(args.context) * model.kv_bytes_per_token
     needed, free = cache + model.weight_bytes + _PROCESS_BYTES, free_bytes()
     if needed > free:
         refuse(

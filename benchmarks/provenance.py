@@ -43,11 +43,17 @@ def processor() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
+def command() -> str:
+    """The command line of this process; of absolute paths, which are one machine's, the name."""
+    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
+    return shlex.join(["python", *words])
+
+
 @cache
 def provenance() -> dict[str, Any]:
     """The same for all results of this process."""
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "revision": revision(),
         "versions": versions(),

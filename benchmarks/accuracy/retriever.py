@@ -216,12 +216,20 @@ def load_weights(model: Retriever, path: Path, flat_layers: int = 0) -> None:
     A checkpoint of fewer layers is grown without changing what it says: its layers follow
     `flat_layers` new ones, whose queries begin at zero, so that they average over all tokens; what
     is left to fill comes last. All new layers begin by adding nothing (Net2Net, arXiv 1511.05641).
+
+    Raises:
+        ValueError: the model has too few layers.
     """
     tensors = {k.removeprefix("model."): v.float() for k, v in load_file(path).items()}
     loaded = set()
     for name in [name for name in tensors if name.startswith("layers.")]:
         _, depth, rest = name.split(".", 2)
         place = int(depth) + flat_layers
+        if place >= len(model.layers):
+            raise ValueError(
+                f"{len(model.layers)} layers cannot hold layer {depth} of the checkpoint and "
+                f"{flat_layers} before it"
+            )
         loaded.add(place)
         tensors[f"grown.{place}.{rest}"] = tensors.pop(name)
     tensors = {k.replace("grown.", "layers.", 1): v for k, v in tensors.items()}

@@ -3,7 +3,7 @@
     python benchmarks/accuracy/train.py --out benchmarks/accuracy/retriever
     python benchmarks/accuracy/train.py --out /tmp/large --layers 8 --hidden 512 --device cuda
     python benchmarks/accuracy/train.py --out /tmp/longer --init benchmarks/accuracy/retriever \\
-        --layers 7 --flat-layers 1 --curriculum 0.9:4096,0.1:8192 --lr 0.01
+        --layers 9 --flat-layers 1 --curriculum 0.9:4096,0.1:8192 --lr 0.01
 
 Interrupted, it goes on from the last state saved when started again with the same options. The
 same seed on the same machine gives the same weights.
@@ -227,9 +227,7 @@ def main() -> None:
         num_key_value_heads=max(1, args.hidden // 128),
     )
     (args.out / "config.json").write_text(json.dumps(shape.hf_config(), indent=2) + "\n")
-    model = Retriever(shape).to(args.device)
-    if args.init:
-        load_weights(model, args.init / "model.safetensors", args.flat_layers)
+    model = _model(args, shape)
     optimizers = optimizers_of(model, args.lr)
     state_file = args.out / "state.pt"
     first = 0
@@ -293,6 +291,16 @@ def main() -> None:
                 state_file.with_suffix(".new").replace(state_file)
                 save_weights(model, args.out / "model.safetensors")
                 data = Data(encoder, shape.max_position_embeddings, args.seed + step + 1)
+
+
+def _model(args: argparse.Namespace, shape: Shape) -> Retriever:
+    model = Retriever(shape).to(args.device)
+    if args.init:
+        try:
+            load_weights(model, args.init / "model.safetensors", args.flat_layers)
+        except ValueError as error:
+            raise SystemExit(f"train.py: --init: {error}; raise --layers") from None
+    return model
 
 
 def _tokenizer(args: argparse.Namespace) -> Tokenizer:

@@ -53,6 +53,11 @@ def test_flat_layers_begin_by_averaging(checkpoint: Path) -> None:
     assert key.any()
 
 
+def test_too_few_layers(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="2 layers cannot hold layer 1"):
+        loaded(checkpoint, 2, flat_layers=1)
+
+
 def test_new_layers_learn(checkpoint: Path) -> None:
     """Nothing of a new layer is cut off from the loss for good."""
     model = loaded(checkpoint, 4, flat_layers=1)

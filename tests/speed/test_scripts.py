@@ -37,6 +37,16 @@ def run(script: str, *arguments: str, **environment: str) -> subprocess.Complete
     )
 
 
+def test_commands_name_no_place_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
+    from provenance import command
+
+    monkeypatch.setattr(sys, "argv", ["benchmarks/a.py", "--json", str(tmp_path / "x.jsonl"), "-"])
+    assert command() == "python benchmarks/a.py --json x.jsonl -"
+
+
 def records(done: subprocess.CompletedProcess[str]) -> list[dict]:
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
