@@ -54,12 +54,13 @@ def quantize_groups(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     derived: DerivedPages,
+    fit: bool = True,
 ) -> None:
     """See `ops.quantize_groups`."""
     if isinstance(derived, DenseCodes):
-        _ops.quantize_dense(groups, key_cache, value_cache, *derived.key, *derived.value)
+        _ops.quantize_dense(groups, key_cache, value_cache, *derived.key, *derived.value, fit)
     elif isinstance(derived, OnebitIndex):
-        _ops.quantize_onebit(groups, key_cache, *derived.key)
+        _ops.quantize_onebit(groups, key_cache, *derived.key, fit)
     else:
         _ops.reduce_channels(groups, key_cache, derived.absmax)
 

@@ -46,21 +46,32 @@ def quantize_groups(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     derived: DerivedPages,
+    fit: bool = True,
 ) -> None:
     """Derive the records of completed groups from the host pages (section 3.2 of the paper).
 
-    `scale = float16((max - min) / (2^b - 1))`, `zero = float16(min)`, both saturated to
-    float16's range, `code = clamp(round_half_even((x - zero) / scale), 0, 2^b - 1)` in
-    float32 with the rounded scale and zero; 0 where the scale is 0. All implementations
-    agree to the bit. An index of channels gets the largest magnitude of each channel.
+    `code = clamp(round_half_even((x - zero) / scale), 0, 2^b - 1)` in float32; 0 where the scale
+    is 0. Scale and zero are float16, saturated to its range, and those that codes are made with:
+
+    - without `fit`, as published, they span the extremes of the group:
+      `scale = (max - min) / (2^b - 1)`, `zero = min`;
+    - with `fit`, at one and two bits, they are the least squares line from rough codes to x, which
+      leaves half the error: `u = round_half_even((x - min) / ((max - min) / 1023))`; the rough
+      code is how many of 512 (one bit), or of 239, 512 and 785 (two bits: four fifths of the
+      range), u reaches. The line is that from rough codes to u, so all its sums are integers and
+      exact. Where the step between extremes is 0 or beyond float16, they are spanned.
+
+    All implementations agree to the bit. An index of channels gets the largest magnitude of each
+    channel.
 
     Args:
         groups: int64 [N], `block * G + group within the block`, each complete.
         key_cache, value_cache: [NB, Hk, bs, d].
         derived: the records to write; their shapes tell g and b.
+        fit: see above; no matter at four bits and to an index of channels.
     """
     checks.check_quantize(groups, key_cache, value_cache, derived)
-    implementation("quantize_groups", key_cache)(groups, key_cache, value_cache, derived)
+    implementation("quantize_groups", key_cache)(groups, key_cache, value_cache, derived, fit)
 
 
 def quantized_decode_attention(

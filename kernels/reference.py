@@ -16,6 +16,10 @@ from vllm_tailorkv.kernels.types import (
 )
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
+FIT_STEPS = 1023
+"""Steps of a group's range in which a line is fitted; see `ops.quantize_groups`."""
+FIT_THRESHOLDS = {1: (512,), 2: (239, 512, 785)}
+"""Steps from which a rough code is one more, by bits."""
 
 
 def unavailable() -> str | None:
@@ -48,20 +52,57 @@ def unpack_codes(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
     return codes.flatten(-2)[..., :length].to(torch.uint8)
 
 
-def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def to_half(x: torch.Tensor) -> torch.Tensor:
+    """float32 to float16, saturated."""
+    # Adding 0 turns -0 into 0: which of the two a minimum is, depends on the order.
+    return (x.clamp(-FLOAT16_MAX, FLOAT16_MAX) + 0.0).to(torch.float16)
+
+
+def fitted_line(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero of the least squares line from rough codes to x; see `ops.quantize_groups`.
+
+    Args:
+        x: float32 [..., n], not constant along the last axis.
+
+    Returns:
+        float32 [...] each.
+    """
+    n = x.shape[-1]
+    low = x.amin(-1, keepdim=True)
+    extent = x.amax(-1, keepdim=True) - low
+    steps = ((x - low) / (extent / FIT_STEPS)).round().nan_to_num().long()
+    codes = (steps.unsqueeze(-1) >= steps.new_tensor(FIT_THRESHOLDS[bits])).long().sum(-1)
+    sum_codes, sum_steps = codes.sum(-1), steps.sum(-1)
+    spread = n * (codes * codes).sum(-1) - sum_codes * sum_codes
+    shared = n * (codes * steps).sum(-1) - sum_codes * sum_steps
+    offset = sum_steps * spread - shared * sum_codes
+    extent, low = extent.squeeze(-1), low.squeeze(-1)
+    scale = extent * shared.float() / (FIT_STEPS * spread.float())
+    zero = low + extent * offset.float() / (FIT_STEPS * n * spread.float())
+    return scale, zero
+
+
+def quantize(
+    x: torch.Tensor, bits: int, fit: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize along the last axis, one group.
 
     Args:
         x: float32 [..., n].
+        fit: see `ops.quantize_groups`.
 
     Returns:
         codes uint8 [..., n]; scale and zero float16 [...].
     """
     levels = 2**bits - 1
     low, high = x.amin(-1), x.amax(-1)
-    scale = ((high - low) / levels).clamp(max=FLOAT16_MAX).to(torch.float16)
-    # Adding 0 turns -0 into 0: which of the two a minimum is, depends on the order.
-    zero = (low.clamp(-FLOAT16_MAX, FLOAT16_MAX) + 0.0).to(torch.float16)
+    step = (high - low) / levels
+    scale, zero = to_half(step), to_half(low)
+    if fit and bits in FIT_THRESHOLDS:
+        spanned = (scale == 0) | (step > FLOAT16_MAX)
+        fitted_scale, fitted_zero = fitted_line(x, bits)
+        scale = torch.where(spanned, scale, to_half(fitted_scale))
+        zero = torch.where(spanned, zero, to_half(fitted_zero))
     divisor = scale.float().unsqueeze(-1)
     codes = ((x - zero.float().unsqueeze(-1)) / divisor).round().clamp(0, levels)
     codes = torch.where(divisor == 0, torch.zeros_like(codes), codes)
@@ -69,7 +110,7 @@ def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def quantize_rows(
-    x: torch.Tensor, bits: int, group_size: int
+    x: torch.Tensor, bits: int, group_size: int, fit: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize V rows, every `group_size` channels on their own, the last group partial.
 
@@ -79,7 +120,7 @@ def quantize_rows(
     Returns:
         packed codes uint8 [..., ceil(d*b/8)]; scale and zero float16 [..., Vg].
     """
-    parts = [quantize(part, bits) for part in x.split(group_size, dim=-1)]
+    parts = [quantize(part, bits, fit) for part in x.split(group_size, dim=-1)]
     codes = torch.cat([part[0] for part in parts], dim=-1)
     scale = torch.stack([part[1] for part in parts], dim=-1)
     zero = torch.stack([part[2] for part in parts], dim=-1)
@@ -128,6 +169,7 @@ def quantize_groups(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     derived: DerivedPages,
+    fit: bool = True,
 ) -> None:
     """See `ops.quantize_groups`."""
     block_size = key_cache.shape[2]
@@ -142,13 +184,13 @@ def quantize_groups(
             derived.absmax[block, :, group] = key.abs().amax(1).to(key_cache.dtype)
             continue
         bits = derived.key.codes.shape[4] * 8 // group_size
-        codes, scale, zero = quantize(key.transpose(1, 2), bits)
+        codes, scale, zero = quantize(key.transpose(1, 2), bits, fit)
         derived.key.codes[block, :, group] = pack_codes(codes, bits)
         derived.key.scale[block, :, group] = scale
         derived.key.zero[block, :, group] = zero
         if isinstance(derived, DenseCodes):
             value = value_cache[block, :, tokens].float()
-            packed, scale, zero = quantize_rows(value, bits, group_size)
+            packed, scale, zero = quantize_rows(value, bits, group_size, fit)
             derived.value.codes[block, :, group] = packed
             derived.value.scale[block, :, group] = scale
             derived.value.zero[block, :, group] = zero

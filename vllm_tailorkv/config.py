@@ -38,6 +38,7 @@ PAPER: dict[str, Any] = {
     "recent_tokens": 56,
     "topk_tokens": 128,
     "bits": 2,
+    "fit_codes": False,
     "full_attention_below": 0,
 }
 """The published setting of LongBench's experiments (TailorKV-2)."""
@@ -62,6 +63,11 @@ class TailorKVConfig(BaseModel):
     group_size: Literal[32, 64, 128] = Field(
         default=64,
         description="Tokens (K) or channels (V) that share a scale; divides the block size.",
+    )
+    fit_codes: bool = Field(
+        default=True,
+        description="Codes of 1 and 2 bits take their scale by least squares; false: it spans a "
+        "group's extremes, as published, with twice the error.",
     )
     residual_tokens: int = Field(
         default=128, ge=0, description="Newest tokens that a dense layer reads exactly."
@@ -131,7 +137,7 @@ class TailorKVConfig(BaseModel):
     @classmethod
     def _refuse_wrong_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         # Python would take booleans for 0 and 1, and pydantic words for booleans.
-        wants_one = info.field_name == "key_rows"
+        wants_one = info.field_name in ("fit_codes", "key_rows")
         if isinstance(value, bool) != wants_one:
             raise ValueError("must be true or false" if wants_one else "must not be a boolean")
         return value

@@ -54,12 +54,12 @@ class Decoded:
     """What a request wrote: token ids and, where asked for, what the model thought of them.
 
     logprobs: log-likelihood before forcing.
-    ranks: place among all tokens by likelihood; 1 is what the model would have written.
+    likeliest: what the model would have written.
     """
 
     ids: list[int]
     logprobs: list[float]
-    ranks: list[int]
+    likeliest: list[int]
 
 
 class Engine:
@@ -110,7 +110,7 @@ class Engine:
                     max_tokens=len(script),
                     ignore_eos=True,
                     detokenize=False,
-                    logprobs=0 if logprobs else None,
+                    logprobs=1 if logprobs else None,
                     extra_args={"script": script},
                 )
                 for script in scripts
@@ -149,7 +149,10 @@ class Engine:
 def _decoded(output: CompletionOutput) -> Decoded:
     ids = list(output.token_ids)
     seen = [step[token] for step, token in zip(output.logprobs or (), ids, strict=False)]
-    return Decoded(ids, [x.logprob for x in seen], [x.rank or 0 for x in seen])
+    likeliest = [
+        next(token for token, x in step.items() if x.rank == 1) for step in output.logprobs or ()
+    ]
+    return Decoded(ids, [x.logprob for x in seen], likeliest)
 
 
 @contextmanager

@@ -1,15 +1,16 @@
 """Runs tasks through an engine, for every method that the engine can serve."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
 from accuracy import text
+from accuracy.answers import acceptable
 from accuracy.engine import FREE, Decoded, Engine
 from accuracy.methods import Method
-from accuracy.tasks import TASKS, Example, Source, Turn
+from accuracy.tasks import TASKS, Example, Source
 
 _SPARE_TOKENS = 4
 """Tokens that an answer may be longer than the right one."""
@@ -20,9 +21,9 @@ ANSWERS = (WRITTEN, GIVEN)
 """Who writes an answer.
 
 WRITTEN: the model, and what it wrote must hold the references (RULER's string match). GIVEN: the
-right answer is forced, token by token, and the share of its references' tokens that the model would
-have written is counted. So a model that loses its way in a list still tells which look-ups a method
-served.
+right answer is forced, token by token, and the share of its references' tokens counts in whose
+place the model would have written a right one. So a model that loses its way in a list still tells
+which look-ups a method served.
 """
 
 
@@ -41,14 +42,15 @@ class Tokens:
     """An example as tokens: a script for each request.
 
     question_tokens: of the (first) question of each script.
-    asked: where in the scripts, one after the other, the references of each turn stand.
+    asked: for each turn, the right tokens by their place in the scripts, one after the other, where
+        references stand.
     """
 
     example: Example
     context: list[int]
     scripts: tuple[list[int], ...]
     question_tokens: tuple[int, ...]
-    asked: tuple[tuple[int, ...], ...]
+    asked: tuple[dict[int, frozenset[int]], ...]
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _tokens(encoder: Tokenizer, task: str, example: Example, answers: str) -> To
         answer = encoder.encode(turn.answer, add_special_tokens=False)
         begin += len(question)
         lengths.append(len(question))
-        asked.append(tuple(begin + i for i in _of_references(turn, answer.offsets)))
+        asked.append({begin + i: right for i, right in acceptable(turn, answer).items()})
         free = [FREE] * (len(answer.ids) + _SPARE_TOKENS)
         parts.append(question + (free if answers == WRITTEN else answer.ids))
         begin += len(parts[-1]) - len(question)
@@ -106,14 +108,6 @@ def _tokens(encoder: Tokenizer, task: str, example: Example, answers: str) -> To
         parts, lengths = [[token for part in parts for token in part]], lengths[:1]
     context = _encode(encoder, example.context)
     return Tokens(example, context, tuple(parts), tuple(lengths), tuple(asked))
-
-
-def _of_references(turn: Turn, offsets: list[tuple[int, int]]) -> Iterator[int]:
-    """Tokens of the answer, by their places in it, that share a character with a reference."""
-    found = [(turn.answer.find(reference), len(reference)) for reference in turn.references]
-    for i, (begin, end) in enumerate(offsets):
-        if any(begin < at + size and at < end for at, size in found):
-            yield i
 
 
 def run_cell(
@@ -130,8 +124,11 @@ def run_cell(
             batch = scripts[first : first + together]
             outputs += engine.decode(tokens.context, batch, logprobs=cell.answers == GIVEN)
         if cell.answers == GIVEN:
-            ranks = [rank for output in outputs for rank in output.ranks]
-            values += [sum(ranks[i] == 1 for i in asked) / len(asked) for asked in tokens.asked]
+            likeliest = [token for output in outputs for token in output.likeliest]
+            values += [
+                sum(likeliest[place] in right for place, right in asked.items()) / len(asked)
+                for asked in tokens.asked
+            ]
             continue
         written: list[str] = []
         for script, output in zip(scripts, outputs, strict=True):

@@ -20,15 +20,16 @@ FULL = "full"
 _PREVIOUS_QUERY = "previous_query"
 _ALL_LAYERS = "all"
 
-# Options that shape pages or the plan of layers: methods that agree in these share an engine.
-_PAGE_OPTIONS = ("profile", "bits", "group_size", "index", "placement")
+# Options that shape pages, or what is in them, or the plan of layers: methods that agree in these
+# share an engine.
+_PAGE_OPTIONS = ("profile", "bits", "group_size", "fit_codes", "index", "placement", "key_rows")
 
 # Name: options beside those given.
 _OURS: dict[str, dict[str, Any]] = {
     "tailorkv": {},
     "paper": {"preset": "paper"},
     "all_sparse": {"profile": {"dense_layers": []}},
-    "all_quantized": {"profile": {"dense_layers": _ALL_LAYERS}},
+    "all_quantized": {"profile": {"dense_layers": _ALL_LAYERS}, "fit_codes": False},
     "no_sinks": {"sink_tokens": 0},
     "no_recent": {"recent_tokens": 1},
 }

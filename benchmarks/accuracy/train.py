@@ -29,6 +29,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accuracy import text, tokenizer
+from accuracy.answers import acceptable
 from accuracy.retriever import Retriever, Shape, load_weights, save_weights
 from accuracy.tasks import TASKS, Source
 
@@ -73,24 +74,50 @@ CURRICULUM = "0.05:128,0.10:256,0.30:512,0.30:1024,0.25:2048"
 # grows from it.
 _ECHO, _ECHO_TOKENS = "echo", 128
 _PLAIN = "plain_text"
-_COUNTING = ("common_words", "frequent_words")
+# An answer is short and all of a sequence is counted for it, so its tokens weigh more.
+_COUNTING = {"common_words": 3.0, "frequent_words": 8.0}
 
 
 @dataclass
 class Batch:
-    """`ids`, `positions` and the weight of predicting each token, all `[batch, tokens]`."""
+    """`ids`, `positions` and the weight of predicting each token, all `[batch, tokens]`.
+
+    right: `[batch, tokens, most]`, tokens that are right in the place of each, filled up with -1.
+    """
 
     ids: Tensor
     positions: Tensor
     weights: Tensor
+    right: Tensor
+
+    def to(self, device: str) -> "Batch":
+        """The same on `device`."""
+        return Batch(*(t.to(device) for t in (self.ids, self.positions, self.weights, self.right)))
+
+
+@dataclass(frozen=True)
+class Item:
+    """A token of a sequence, the weight of predicting it, and others as right in its place."""
+
+    id: int
+    weight: float
+    others: frozenset[int] = frozenset()
+
+    def right(self, most: int) -> list[int]:
+        """Right tokens, filled up with -1."""
+        tokens = sorted(self.others | {self.id})
+        return tokens + [-1] * (most - len(tokens))
 
 
 class Data:
     """Training sequences: a task's context and as many turns as fit, or text alone."""
 
-    def __init__(self, encoder: Tokenizer, max_position: int, seed: int) -> None:
+    def __init__(
+        self, encoder: Tokenizer, max_position: int, draws: dict[str, float], seed: int
+    ) -> None:
         self._encoder = encoder
         self._max_position = max_position
+        self._draws = draws
         self._rng = random.Random(seed)
         self._lengths: dict[str, int] = {}
         lines = text.lines(text.TRAINING_PACKAGES, self._rng)
@@ -99,21 +126,23 @@ class Data:
     def batch(self, batch_size: int, num_tokens: int) -> Batch:
         """`batch_size` sequences of exactly `num_tokens` tokens, cut or filled up with text."""
         rows = [self._sequence(num_tokens) for _ in range(batch_size)]
-        ids = torch.tensor([[i for i, _ in row] for row in rows])
-        weights = torch.tensor([[w for _, w in row] for row in rows])
+        ids = torch.tensor([[item.id for item in row] for row in rows])
+        weights = torch.tensor([[item.weight for item in row] for row in rows])
+        most = max(len(item.others) for row in rows for item in row) + 1
+        right = torch.tensor([[item.right(most) for item in row] for row in rows])
         positions = torch.stack([self._positions(num_tokens) for _ in rows])
-        return Batch(ids, positions, weights)
+        return Batch(ids, positions, weights, right)
 
-    def _sequence(self, num_tokens: int) -> list[tuple[int, float]]:
+    def _sequence(self, num_tokens: int) -> list[Item]:
         if num_tokens == _ECHO_TOKENS:
             return self._echo(num_tokens)
-        name = self._rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()))[0]
-        row: list[tuple[int, float]] = []
+        name = self._rng.choices(list(self._draws), list(self._draws.values()))[0]
+        row: list[Item] = []
         while len(row) < num_tokens:
             left = num_tokens - len(row)
             if name == _PLAIN or left < 128:
                 piece = "".join(islice(self._source.lines, 8))
-                row += [(i, TEXT_LOSS_WEIGHT) for i in self._encode(piece)]
+                row += self._items(piece, TEXT_LOSS_WEIGHT)
             else:
                 # Half the tokens are questions: answers are what teaches to look back. What is
                 # counted stands alone, or else a mean over the text tells nothing.
@@ -121,29 +150,33 @@ class Data:
                 row += self._example(name, self._rng.choice((left, most)))
         return row[:num_tokens]
 
-    def _echo(self, num_tokens: int) -> list[tuple[int, float]]:
-        row: list[tuple[int, float]] = []
+    def _echo(self, num_tokens: int) -> list[Item]:
+        row: list[Item] = []
         while len(row) < num_tokens:
             size = self._rng.randint(8, 64)
             ids = self._rng.choices(range(1, self._encoder.get_vocab_size()), k=size)
-            row += [(i, 0.0) for i in ids] + [(ids[0], 0.0)] + [(i, 1.0) for i in ids[1:]]
+            row += [Item(i, 0.0) for i in (*ids, ids[0])] + [Item(i, 1.0) for i in ids[1:]]
         return row[:num_tokens]
 
-    def _example(self, name: str, num_tokens: int) -> list[tuple[int, float]]:
+    def _example(self, name: str, num_tokens: int) -> list[Item]:
         most = num_tokens // TOKENS_PER_TURN[name]
         if most == 0:
-            return [(i, TEXT_LOSS_WEIGHT) for i in self._encode(next(self._source.lines))]
+            return self._items(next(self._source.lines), TEXT_LOSS_WEIGHT)
         # A first question is harder than one that follows others of its kind.
         turns = self._rng.randint(1, min(most, self._rng.choice((2, most))))
         example = TASKS[name].make(self._source, num_tokens, turns)
-        row = [
-            (i, 0.0 if name.startswith("multikey") else 0.3 * TEXT_LOSS_WEIGHT)
-            for i in self._encode(example.context)
-        ]
+        guessed = name.startswith("multikey") or name in _COUNTING
+        row = self._items(example.context, 0.0 if guessed else 0.3 * TEXT_LOSS_WEIGHT)
         for turn in example.turns:
-            row += [(i, 0.0) for i in self._encode(turn.question)]
-            row += [(i, 1.0) for i in self._encode(turn.answer)]
+            row += self._items(turn.question, 0.0)
+            answer = self._encoder.encode(turn.answer)
+            right = acceptable(turn, answer)
+            weight = _COUNTING.get(name, 1.0)
+            row += [Item(i, weight, right.get(n, frozenset())) for n, i in enumerate(answer.ids)]
         return row
+
+    def _items(self, piece: str, weight: float) -> list[Item]:
+        return [Item(i, weight) for i in self._encode(piece)]
 
     def _positions(self, num_tokens: int) -> Tensor:
         """Positions of a much longer text: contiguous runs with gaps between them (PoSE)."""
@@ -171,19 +204,21 @@ class Data:
 
 
 def loss_of(model: Retriever, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Weighted mean of the loss, and how many tokens of answers are predicted right."""
+    """Weighted mean of the loss, and how many tokens of answers are predicted right.
+
+    Any right token will do: the loss is that of the likelihood of all of them together.
+    """
     hidden = model(batch.ids, batch.positions)[:, :-1].flatten(0, 1)
-    targets, weights = batch.ids[:, 1:].flatten(), batch.weights[:, 1:].flatten()
+    targets, weights = batch.right[:, 1:].flatten(0, 1), batch.weights[:, 1:].flatten()
     # Logits only where they count.
     kept = weights.nonzero().squeeze(1)
     logits = model.logits(hidden[kept]).float()
     targets, weights = targets[kept], weights[kept]
-    loss = (
-        functional.cross_entropy(logits, targets, reduction="none") * weights
-    ).sum() / weights.sum()
-    answers = weights == 1
-    right = (logits.argmax(-1) == targets)[answers].float().mean()
-    return loss, right
+    likelihoods = functional.log_softmax(logits, -1).gather(1, targets.clamp_min(0))
+    together = likelihoods.masked_fill(targets < 0, -math.inf).logsumexp(-1)
+    loss = -(together * weights).sum() / weights.sum()
+    right = (logits.argmax(-1, keepdim=True) == targets).any(-1)[weights >= 1]
+    return loss, right.float().mean()
 
 
 def optimizers_of(model: Retriever, lr: float) -> list[torch.optim.Optimizer]:
@@ -238,7 +273,8 @@ def main() -> None:
             optimizer.load_state_dict(saved)
         first = state["step"]
     # Each stretch between two saved states has its own seed, so resuming changes nothing.
-    data = Data(encoder, shape.max_position_embeddings, args.seed + first)
+    draws = TASK_WEIGHTS | args.draw
+    data = Data(encoder, shape.max_position_embeddings, draws, args.seed + first)
     run = torch.compile(loss_of) if args.compile else loss_of
     started, seen = time.monotonic(), []
     columns = (
@@ -252,8 +288,7 @@ def main() -> None:
         for step in range(first, args.steps):
             share = step / args.steps
             length = length_at(share, args.curriculum)
-            batch = data.batch(max(1, args.tokens // length), length)
-            batch = Batch(*(t.to(args.device) for t in (batch.ids, batch.positions, batch.weights)))
+            batch = data.batch(max(1, args.tokens // length), length).to(args.device)
             for optimizer, lr in zip(optimizers, (args.lr, 0.2 * args.lr), strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = lr * rate_at(share, args.decay_from)
@@ -290,7 +325,8 @@ def main() -> None:
                 torch.save(state, state_file.with_suffix(".new"))
                 state_file.with_suffix(".new").replace(state_file)
                 save_weights(model, args.out / "model.safetensors")
-                data = Data(encoder, shape.max_position_embeddings, args.seed + step + 1)
+                seed = args.seed + step + 1
+                data = Data(encoder, shape.max_position_embeddings, draws, seed)
 
 
 def _model(args: argparse.Namespace, shape: Shape) -> Retriever:
@@ -326,6 +362,13 @@ def _curriculum(written: str) -> Curriculum:
     return tuple((float(share), int(length)) for share, length in stages)
 
 
+def _draws(written: str) -> dict[str, float]:
+    draws = {name: float(draw) for name, draw in (part.split("=") for part in written.split(","))}
+    if unknown := sorted(set(draws) - set(TASK_WEIGHTS)):
+        raise argparse.ArgumentTypeError(f"unknown {unknown}; there are {sorted(TASK_WEIGHTS)}")
+    return draws
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -334,6 +377,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--init", type=Path, help="folder of a checkpoint to begin with")
     parser.add_argument(
         "--curriculum", type=_curriculum, default=CURRICULUM, help="SHARE:LENGTH,..."
+    )
+    parser.add_argument(
+        "--draw", type=_draws, default={}, metavar="TASK=X,...", help="draw tasks X times as often"
     )
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step")

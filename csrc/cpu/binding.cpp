@@ -177,9 +177,10 @@ tailorkv::QuantizeGroups quantize_of(tailorkv::Derive derive, const Tensor& grou
 
 void quantize_dense(const Tensor& groups, const Tensor& key_cache, const Tensor& value_cache,
                     const Tensor& key_codes, const Tensor& key_scale, const Tensor& key_zero,
-                    const Tensor& value_codes, const Tensor& value_scale,
-                    const Tensor& value_zero) {
+                    const Tensor& value_codes, const Tensor& value_scale, const Tensor& value_zero,
+                    bool fit) {
   auto op = quantize_of(tailorkv::Derive::kDense, groups, key_cache, value_cache);
+  op.fit = fit;
   op.key = codes_of(key_codes, key_scale, key_zero, 4);
   op.value = codes_of(value_codes, value_scale, value_zero, 5);
   op.grouping = code_grouping(op.shape, key_codes);
@@ -187,8 +188,9 @@ void quantize_dense(const Tensor& groups, const Tensor& key_cache, const Tensor&
 }
 
 void quantize_onebit(const Tensor& groups, const Tensor& key_cache, const Tensor& key_codes,
-                     const Tensor& key_scale, const Tensor& key_zero) {
+                     const Tensor& key_scale, const Tensor& key_zero, bool fit) {
   auto op = quantize_of(tailorkv::Derive::kOnebit, groups, key_cache, key_cache);
+  op.fit = fit;
   op.key = codes_of(key_codes, key_scale, key_zero, 4);
   op.grouping = code_grouping(op.shape, key_codes);
   kernels().quantize_groups(op);
@@ -356,10 +358,10 @@ STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
       "Tensor(a!) key_codes, "
       "Tensor(b!) key_scale, Tensor(c!) key_zero, Tensor(d!) value_codes, "
       "Tensor(e!) value_scale, "
-      "Tensor(f!) value_zero) -> ()");
+      "Tensor(f!) value_zero, bool fit) -> ()");
   m.def(
       "quantize_onebit(Tensor groups, Tensor key_cache, Tensor(a!) key_codes, "
-      "Tensor(b!) key_scale, Tensor(c!) key_zero) -> ()");
+      "Tensor(b!) key_scale, Tensor(c!) key_zero, bool fit) -> ()");
   m.def(
       "reduce_channels(Tensor groups, Tensor key_cache, Tensor(a!) absmax) "
       "-> ()");

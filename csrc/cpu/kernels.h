@@ -64,6 +64,7 @@ struct QuantizeGroups {
   Shape shape;
   Grouping grouping;
   Derive derive;
+  bool fit;  // scales by least squares, with kDense and kOnebit
   int64_t num_groups;
   const int64_t* groups;  // [N]
   Cache key_cache, value_cache;

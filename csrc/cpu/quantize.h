@@ -21,11 +21,63 @@ uint64_t pack(uint64_t codes) {
   return (codes | codes >> 16) & 0xFFFFFFFF;
 }
 
-// Quantize one group.
-//   x: [padded(n)], what lies beyond n repeats a value before it; n is a
-//   multiple of 8 codes: [n*B/8]; scale, zero: one float16 each
+// The nearest half of x, saturated.
+inline uint16_t to_half(float x) {
+  const float bounded = x < -kHalfMax ? -kHalfMax : x > kHalfMax ? kHalfMax : x;
+  // Adding 0 makes the sign of a zero independent of the order of a minimum.
+  return half_bits(bounded + 0.0f);
+}
+
+// A line from codes to x: x ~ zero + code * scale.
+struct Line {
+  float scale, zero;
+};
+
+// The least squares line from the rough codes of one group to x; see `ops.quantize_groups`. Every
+// sum is one of integers below 2^24, so its order does not matter.
+//   x: [padded(n)], between low and low + extent, as quantize_run has it
 template <int B>
-void quantize_run(const float* x, int64_t n, uint8_t* codes, uint16_t* scale, uint16_t* zero) {
+Line fitted_line(const float* x, int64_t n, float low, float extent) {
+  static_assert(B == 1 || B == 2);
+  constexpr float kSteps = 1023, kLevels = (1 << B) - 1;
+  // Rough codes change every 273 steps, from 512 (one bit) or 239 (two bits) on. Between two
+  // steps, so that no quotient is a tie.
+  constexpr float kSpacing = 273, kOrigin = B == 1 ? 375.25f : 102.25f;
+  const float width = extent / kSteps;
+  F total_code = splat(0), total_step = splat(0), squares = splat(0), products = splat(0);
+  auto add = [&](F value) {
+    F step = round_even((value - splat(low)) / splat(width));
+    F rough = round_even((step - splat(kOrigin)) / splat(kSpacing));
+    F code = min(max(rough, splat(0)), splat(kLevels));
+    total_code = total_code + code;
+    total_step = total_step + step;
+    squares = fma(code, code, squares);
+    products = fma(code, step, products);
+  };
+  int64_t i = 0;
+  for (; i + W <= n; i += W) add(load(x + i));
+  if (i < n) {
+    // The lowest value adds nothing to any sum.
+    float rest[W];
+    for (int j = 0; j < W; ++j) rest[j] = i + j < n ? x[i + j] : low;
+    add(load(rest));
+  }
+  const auto codes = static_cast<int64_t>(sum(total_code));
+  const auto steps = static_cast<int64_t>(sum(total_step));
+  const int64_t spread = n * static_cast<int64_t>(sum(squares)) - codes * codes;
+  const int64_t shared = n * static_cast<int64_t>(sum(products)) - codes * steps;
+  const int64_t offset = steps * spread - shared * codes;
+  const auto divisor = static_cast<float>(spread);
+  return {extent * static_cast<float>(shared) / (kSteps * divisor),
+          low + extent * static_cast<float>(offset) / (kSteps * static_cast<float>(n) * divisor)};
+}
+
+// Quantize one group.
+//   x: [padded(n)], what lies beyond n repeats a value before it; n is a multiple of 8
+//   codes: [n*B/8]; scale, zero: one float16 each
+template <int B>
+void quantize_run(const float* x, int64_t n, bool fit, uint8_t* codes, uint16_t* scale,
+                  uint16_t* zero) {
   constexpr float kLevels = (1 << B) - 1;
   F low = load(x), high = low;
   for (int64_t i = W; i < n; i += W) {
@@ -33,12 +85,13 @@ void quantize_run(const float* x, int64_t n, uint8_t* codes, uint16_t* scale, ui
     high = max(high, load(x + i));
   }
   float smallest_x = smallest(low), range = largest(high) - smallest_x;
-  float step = range / kLevels;
-  *scale = half_bits(step > kHalfMax ? kHalfMax : step);
-  float clamped = smallest_x < -kHalfMax ? -kHalfMax : smallest_x;
-  clamped = clamped > kHalfMax ? kHalfMax : clamped;
-  // Adding 0 makes the sign of a zero independent of the order of the minimum.
-  *zero = half_bits(clamped + 0.0f);
+  Line line{range / kLevels, smallest_x};
+  if constexpr (B <= 2) {
+    const bool spanned = line.scale > kHalfMax || to_float(Half{to_half(line.scale)}) == 0.0f;
+    if (fit && !spanned) line = fitted_line<B>(x, n, smallest_x, range);
+  }
+  *scale = to_half(line.scale);
+  *zero = to_half(line.zero);
   F divisor = splat(to_float(Half{*scale})), offset = splat(to_float(Half{*zero}));
   if (to_float(Half{*scale}) == 0.0f) {
     __builtin_memset(codes, 0, static_cast<size_t>(n * B / 8));
@@ -83,7 +136,7 @@ void quantize_keys(const QuantizeGroups& op, const float* tile, int64_t block, i
   uint16_t* scale = at(op.key.scale, block, head, group);
   uint16_t* zero = at(op.key.zero, block, head, group);
   for (int64_t c = 0; c < op.shape.head_size; ++c) {
-    quantize_run<B>(tile + c * g, g, codes + c * op.key.codes.item, scale + c, zero + c);
+    quantize_run<B>(tile + c * g, g, op.fit, codes + c * op.key.codes.item, scale + c, zero + c);
   }
 }
 
@@ -103,7 +156,8 @@ void quantize_values(const QuantizeGroups& op, float* row, int64_t block, int he
     }
     for (int64_t c = d; c < padded(d); ++c) row[c] = row[d - 1];
     for (int64_t c = 0, i = 0; c < d; c += g, ++i) {
-      quantize_run<B>(row + c, smaller(g, d - c), codes + t * op.value.codes.item + c * B / 8,
+      quantize_run<B>(row + c, smaller(g, d - c), op.fit,
+                      codes + t * op.value.codes.item + c * B / 8,
                       scale + t * op.value.scale.item + i, zero + t * op.value.zero.item + i);
     }
   }

@@ -12,13 +12,64 @@ _BLOCK_TOKENS = 32
 
 
 @triton.jit
-def _encode(low, high, LEVELS: tl.constexpr):
-    """Scale and zero of groups in float16, as `ops.quantize_groups` defines them."""
+def _to_half(x):
+    """The nearest float16, saturated. Adding 0 turns -0 into 0."""
+    return (tl.minimum(tl.maximum(x, -65504.0), 65504.0) + 0.0).to(tl.float16)
+
+
+@triton.jit
+def _fitted_line(x, low, high, kept, AXIS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr):
+    """Scale and zero in float32 of the least squares line, as `ops.quantize_groups` defines them.
+
+    `x` is [GROUP, n] or [n, GROUP], AXIS that of a group, of which COUNT are `kept`; low and high
+    are [n]. No product is added to anything, so nothing contracts to a fused operation.
+    """
+    extent = high - low
+    width = tl.div_rn(extent, 1023.0 + tl.zeros_like(extent))
+    steps = tl.expand_dims(low, AXIS), tl.expand_dims(tl.where(width == 0.0, 1.0, width), AXIS)
+    steps = tl.div_rn(x - steps[0], steps[1] + tl.zeros_like(x))
+    # 2^23 + step has no fraction: the addition rounds half to even.
+    steps = (tl.minimum(steps, 1023.0) + 8388608.0).to(tl.int32, bitcast=True) & 1023
+    steps = tl.where(kept, steps, 0)
+    codes = (steps >= 512).to(tl.int32)
+    if BITS == 2:
+        codes += (steps >= 239).to(tl.int32) + (steps >= 785).to(tl.int32)
+    sum_codes = tl.sum(codes, AXIS).to(tl.int64)
+    sum_steps = tl.sum(steps, AXIS).to(tl.int64)
+    spread = COUNT * tl.sum(codes * codes, AXIS).to(tl.int64) - sum_codes * sum_codes
+    shared = COUNT * tl.sum(codes * steps, AXIS).to(tl.int64) - sum_codes * sum_steps
+    offset = sum_steps * spread - shared * sum_codes
+    # Where nothing spreads, the line is not used.
+    divisor = tl.where(spread == 0, 1, spread).to(tl.float32)
+    scale = tl.div_rn(extent * shared.to(tl.float32), 1023.0 * divisor)
+    zero = low + tl.div_rn(extent * offset.to(tl.float32), (1023.0 * COUNT) * divisor)
+    return scale, zero
+
+
+@triton.jit
+def _encode(
+    x,
+    low,
+    high,
+    kept,
+    AXIS: tl.constexpr,
+    COUNT: tl.constexpr,
+    BITS: tl.constexpr,
+    FIT: tl.constexpr,
+):
+    """Scale and zero of groups in float16, as `ops.quantize_groups` defines them.
+
+    Arguments are those of `_fitted_line`.
+    """
     # An approximate division would round to another float16 now and then.
-    scale = tl.minimum(tl.div_rn(high - low, LEVELS * 1.0 + tl.zeros_like(high)), 65504.0)
-    # Adding 0 turns -0 into 0.
-    zero = tl.minimum(tl.maximum(low, -65504.0), 65504.0) + 0.0
-    return scale.to(tl.float16), zero.to(tl.float16)
+    step = tl.div_rn(high - low, (2**BITS - 1) * 1.0 + tl.zeros_like(high))
+    scale, zero = _to_half(step), _to_half(low)
+    if FIT and BITS <= 2:
+        spanned = (scale == 0.0) | (step > 65504.0)
+        fitted_scale, fitted_zero = _fitted_line(x, low, high, kept, AXIS, COUNT, BITS)
+        scale = tl.where(spanned, scale, _to_half(fitted_scale))
+        zero = tl.where(spanned, zero, _to_half(fitted_zero))
+    return scale, zero
 
 
 @triton.jit
@@ -54,6 +105,7 @@ def _quantize_keys(
     HEAD_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    FIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One group of one head, BLOCK channels; grid (N, Hk, channels / BLOCK)."""
@@ -69,7 +121,7 @@ def _quantize_keys(
     at = key + block * key_block + head * key_head
     at += tokens[:, None] * key_token + channels[None, :] * key_channel
     x = tl.load(at, mask=kept[None, :], other=0.0).to(tl.float32)
-    scales, zeros = _encode(tl.min(x, 0), tl.max(x, 0), LEVELS)
+    scales, zeros = _encode(x, tl.min(x, 0), tl.max(x, 0), kept[None, :], 0, GROUP, BITS, FIT)
     packed = tl.reshape(
         _round_codes(x, scales[None, :], zeros[None, :], LEVELS), (ROW_BYTES, PER_BYTE, BLOCK)
     )
@@ -104,6 +156,7 @@ def _quantize_values(
     HEAD_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    FIT: tl.constexpr,
     VALUE_GROUPS: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -131,7 +184,8 @@ def _quantize_values(
         x = x.to(tl.float32)
         low = tl.min(tl.where(kept, x, float("inf")), 1)
         high = tl.max(tl.where(kept, x, -float("inf")), 1)
-        scales, zeros = _encode(low, high, LEVELS)
+        count: tl.constexpr = min(GROUP, HEAD_SIZE - part * GROUP)
+        scales, zeros = _encode(x, low, high, kept, 1, count, BITS, FIT)
         packed = tl.where(kept, _round_codes(x, scales[:, None], zeros[:, None], LEVELS), 0)
         packed = tl.sum(tl.reshape(packed, (BLOCK, BYTES, PER_BYTE)) << shifts, 2)
         at = part * BYTES + tl.arange(0, BYTES)
@@ -186,6 +240,7 @@ def quantize_groups(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     derived: DerivedPages,
+    fit: bool = True,
 ) -> None:
     """See `ops.quantize_groups`."""
     if not len(groups):
@@ -203,7 +258,8 @@ def quantize_groups(
         _reduce_channels[grid](groups, *key, derived.absmax, *strides, **shape, BLOCK=block)
         return
     bits = derived.key.codes.shape[4] * 8 // group_size
-    _quantize_keys[grid](groups, *key, *_strides(derived.key), **shape, BITS=bits, BLOCK=block)
+    shape |= {"BITS": bits, "FIT": fit}
+    _quantize_keys[grid](groups, *key, *_strides(derived.key), **shape, BLOCK=block)
     if isinstance(derived, DenseCodes):
         _quantize_values[(len(groups), heads, group_size // _BLOCK_TOKENS)](
             groups,
@@ -211,7 +267,6 @@ def quantize_groups(
             *value_cache.stride(),
             *_strides(derived.value),
             **shape,
-            BITS=bits,
             VALUE_GROUPS=derived.value.scale.shape[4],
             ROW_BYTES=derived.value.codes.shape[4],
             BLOCK=_BLOCK_TOKENS,

@@ -15,7 +15,7 @@ FULL = parse_method("full", 5)
 
 
 class Stub:
-    """Writes `answers` in turn where it is free; ranks tokens in `known` first, others second."""
+    """Writes `answers` in turn where it is free; would write tokens in `known`, else token 0."""
 
     def __init__(self, answers=(), known=(), one_at_a_time=False):
         self.answers, self.known = list(answers), set(known)
@@ -34,8 +34,8 @@ class Stub:
             if token == FREE and (place == 0 or script[place - 1] != FREE):
                 written = ENCODER.encode(self.answers.pop(0)).ids
             ids.append((written.pop(0) if written else 0) if token == FREE else token)
-        ranks = [1 if token in self.known else 2 for token in ids]
-        return Decoded(ids, [0.0] * len(ids), ranks)
+        likeliest = [token if token in self.known else 0 for token in ids]
+        return Decoded(ids, [0.0] * len(ids), likeliest)
 
 
 def cell_of(task, answers, turns=3):
@@ -60,11 +60,23 @@ def test_given_answers_count_tokens_of_references(task):
     said = ENCODER.decode([script[i] for i in asked])
     assert all(reference in said.replace("\n", "") for reference in turn.references)
     assert min(asked) >= tokens.question_tokens[0]
-    half = {script[i] for i in asked[: len(asked) // 2]}
+    half = {script[i] for i in list(asked)[: len(asked) // 2]}
     expected = sum(script[i] in half for i in asked) / len(asked)
     cell = cell_of(task, GIVEN, 1)
     assert run_cell(Stub(known=half), FULL, cell, ENCODER.decode).values == (expected,)
     assert run_cell(Stub(known=script), FULL, cell, ENCODER.decode).values == (1,)
+
+
+def test_what_a_list_has_still_to_say_is_right():
+    """Four numbers of two tokens each: the last one's first token is right at the start of all."""
+    cell = cell_of("multivalue", GIVEN, 1)
+    (tokens,) = cell.contexts
+    last = tokens.scripts[0][list(*tokens.asked)[-2]]
+    stub = Stub()
+    stub.decode = lambda context, scripts, logprobs: [
+        Decoded(script, [0.0] * len(script), [last] * len(script)) for script in scripts
+    ]
+    assert run_cell(stub, FULL, cell, ENCODER.decode).values == (0.5,)
 
 
 def test_given_answers_of_a_conversation_are_found_in_its_one_script():

@@ -37,10 +37,11 @@ def fill(cache) -> None:
         pages.copy_(x.clamp(-60000, 60000) if pages.dtype == torch.float16 else x)
 
 
+@pytest.mark.parametrize("fit", [False, True])
 @pytest.mark.parametrize(("kind", "bits"), KINDS)
 @pytest.mark.parametrize(("dtype", "key_layout", "head_size", "block_size", "group_size"), CASES)
 def test_equals_reference(
-    fast, build_cache, kind, bits, dtype, key_layout, head_size, block_size, group_size
+    fast, build_cache, kind, bits, fit, dtype, key_layout, head_size, block_size, group_size
 ):
     cache = build_cache(
         kind=kind,
@@ -56,8 +57,9 @@ def test_equals_reference(
     expected = cache.clone()
     per_block = block_size // group_size
     groups = torch.randperm(4 * per_block)  # the last block stays as it is
-    reference.quantize_groups(groups, expected.host.key, expected.host.value, expected.derived)
-    fast.quantize_groups(groups, cache.host.key, cache.host.value, cache.derived)
+    host, derived = expected.host, expected.derived
+    reference.quantize_groups(groups, host.key, host.value, derived, fit)
+    fast.quantize_groups(groups, cache.host.key, cache.host.value, cache.derived, fit)
     if not torch.equal(cache.raw, expected.raw):
         # Only the sign of a zero may differ, and bytes decide nothing else.
         assert torch.equal(untied(cache), untied(expected))
@@ -78,7 +80,8 @@ def test_reference_against_formula(build_cache, bits):
     fill_with = torch.randn(2, 2, 128, 64)
     cache.host.key.copy_(fill_with)
     cache.host.value.copy_(fill_with)
-    reference.quantize_groups(torch.tensor([1]), cache.host.key, cache.host.value, cache.derived)
+    host = cache.host
+    reference.quantize_groups(torch.tensor([1]), host.key, host.value, cache.derived, False)
     group = fill_with[0, :, 64:].double()
     for codes, axis in ((cache.derived.key, 1), (cache.derived.value, 2)):
         low, high = group.amin(axis, keepdim=True), group.amax(axis, keepdim=True)
@@ -89,6 +92,36 @@ def test_reference_against_formula(build_cache, bits):
             back = reference.dequantize_values(codes, 0, 64, bits, 64)[:, 64:].double()
         # Half a step, and what float16 does to scale and zero.
         assert ((back - group).abs() <= step * 0.51 + 4e-3).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_fitted_line_is_the_least_squares_line(bits):
+    """Against float64 on the values themselves: a step is a thousandth of the range."""
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(50, 64, generator=generator) * 3 + torch.randn(50, 1, generator=generator)
+    low, extent = x.amin(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
+    # Two bits take four fifths of the range: steps of 0.8 / 3, the first half one from 0.1 on.
+    rough = x.new_tensor({1: [1 / 2], 2: [0.7 / 3, 1 / 2, 2.3 / 3]}[bits])
+    steps = ((x - low) / extent * 1023).round()
+    codes = (steps.unsqueeze(-1) > rough * 1023).sum(-1).double()
+    scale, zero = reference.fitted_line(x, bits)
+    for i in range(50):
+        design = torch.stack((codes[i], torch.ones(64).double()), 1)
+        best = torch.linalg.lstsq(design, x[i].double().unsqueeze(1)).solution.squeeze(1)
+        line = torch.stack((scale[i], zero[i])).double()
+        assert (line - best).abs().max() <= 0.01 * extent[i]
+
+
+@pytest.mark.parametrize(("bits", "share"), [(1, 0.2), (2, 0.65), (4, 1.0)])
+def test_fit_lowers_the_error(bits, share):
+    x = torch.randn(400, 64, generator=torch.Generator().manual_seed(5))
+    errors = []
+    for fit in (False, True):
+        codes, scale, zero = reference.quantize(x, bits, fit)
+        back = codes * scale.float().unsqueeze(1) + zero.float().unsqueeze(1)
+        errors.append((back - x).square().mean())
+    assert errors[1] <= share * errors[0]
+    assert errors[1] > 0.001 * errors[0]
 
 
 @pytest.mark.parametrize("kind", list(DerivedKind))

@@ -24,6 +24,7 @@ DEFAULTS = {
     "profile": None,
     "bits": 2,
     "group_size": 64,
+    "fit_codes": True,
     "residual_tokens": 128,
     "sink_tokens": 8,
     "recent_tokens": 56,
@@ -253,10 +254,11 @@ def test_booleans_are_refused(option: str) -> None:
         load_config({option: True})
 
 
+@pytest.mark.parametrize("switch", ["fit_codes", "key_rows"])
 @pytest.mark.parametrize("value", [0, 1, "true", "no", None])
-def test_only_booleans_for_a_switch(value: Any) -> None:
-    with pytest.raises(TailorKVError, match=r"key_rows=.*must be true or false"):
-        load_config({"key_rows": value})
+def test_only_booleans_for_a_switch(switch: str, value: Any) -> None:
+    with pytest.raises(TailorKVError, match=rf"{switch}=.*must be true or false"):
+        load_config({switch: value})
 
 
 def test_switch_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

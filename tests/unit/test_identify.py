@@ -193,6 +193,13 @@ def test_where_the_profile_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         output_path("owner/model", tmp_path / "no" / "x.json")
     with pytest.raises(TailorKVError, match="is a directory"):
         output_path("owner/model", tmp_path)
+    older = tmp_path / "tailorkv.json"
+    write_profile(older, identified_profile())
+    assert output_path(str(tmp_path), None) == older
+    other = tmp_path / "config.json"
+    other.write_text("{}")
+    with pytest.raises(TailorKVError, match="is no profile"):
+        output_path("owner/model", other)
 
 
 @pytest.mark.parametrize(

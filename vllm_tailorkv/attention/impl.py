@@ -135,7 +135,8 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             host.key_rows,
         )
         if len(attn_metadata.groups):
-            ops.quantize_groups(attn_metadata.groups, host.key, host.value, derived)
+            groups, fit = attn_metadata.groups, self.config.fit_codes
+            ops.quantize_groups(groups, host.key, host.value, derived, fit)
         if attn_metadata.exact is not None:
             self._exact(attn_metadata.exact, query[:count], output[:count])
         if attn_metadata.decode is not None:

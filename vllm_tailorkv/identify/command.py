@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.identify.prompt import build_prompt
 from vllm_tailorkv.identify.report import print_scores
-from vllm_tailorkv.profile import NEIGHBOUR, Profile, base_name, write_profile
+from vllm_tailorkv.profile import NEIGHBOUR, Profile, base_name, load_profile, write_profile
 
 EXAMPLES = """\
 examples:
@@ -156,7 +156,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def output_path(model: str, output: Path | None) -> Path:
-    """Where the profile goes.
+    """Where the profile goes; an older profile may stand there, and nothing else.
 
     Raises:
         TailorKVError: nothing can be written there.
@@ -168,6 +168,13 @@ def output_path(model: str, output: Path | None) -> Path:
     else:
         path = Path(f"{base_name(model)}.{NEIGHBOUR}")
     _require_writable("--output", path)
+    if path.exists():
+        try:
+            load_profile(path)
+        except TailorKVError:
+            raise TailorKVError(
+                f"--output {path} exists and is no profile; remove it or give another path"
+            ) from None
     return path
 
 
@@ -250,9 +257,10 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     if options.plot is not None:
         _require_writable("--plot", options.plot)
     profile = _measure(options, console)
+    replaced = " (the one before is replaced)" if path.exists() else ""
     write_profile(path, profile)
     print_scores(console, profile)
-    console.print(f"Profile: {path}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Profile: {path}{replaced}", soft_wrap=True, highlight=False, markup=False)
     if options.plot is not None:
         with console.status("Drawing"):
             from vllm_tailorkv.identify.plot import save_plot  # noqa: PLC0415  (matplotlib)

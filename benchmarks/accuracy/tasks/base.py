@@ -16,11 +16,15 @@ _MIN_WORD_CHARS, _MAX_WORD_CHARS = 4, 9
 
 @dataclass(frozen=True)
 class Turn:
-    """One question. `answer` is a full right answer; every one of `references` must be in it."""
+    """One question. `answer` is a full right answer; every one of `references` must be in it.
+
+    unordered: any order of the references is right; `answer` has them in the order given.
+    """
 
     question: str
     answer: str
     references: tuple[str, ...]
+    unordered: bool = False
 
     def score(self, completion: str) -> float:
         """Share of the references found in `completion` as whole words (RULER's string match)."""

@@ -52,11 +52,9 @@ class Needles:
             raise ValueError(f"{self.name}: {len(facts)} facts do not fit into {num_tokens} tokens")
         filler: Iterator[str] = source.lines if self.filler == "text" else cycle(_NOISE)
         context = source.haystack(facts, budget, iter(()) if self.distractors is None else filler)
-        # Numbers of one key are asked in the order in which they stand.
-        ordered = {key: sorted(values, key=context.index) for key, values in pairs.items()}
         asked = source.rng.sample(list(pairs), num_turns * self.keys_per_turn)
         turns = (asked[i::num_turns] for i in range(num_turns))
-        return Example(context, tuple(self._turn(keys, ordered) for keys in turns))
+        return Example(context, tuple(self._turn(keys, pairs) for keys in turns))
 
     def _pairs(
         self, source: Source, value: Callable[[], str], budget: int, num_turns: int
@@ -81,8 +79,7 @@ class Needles:
             return ask(keys[0], pairs[keys[0]][0])
         values = [value for key in keys for value in pairs[key]]
         if self.keys_per_turn == 1:
-            return Turn(
-                f"\nAll numbers of {keys[0]} are", f" {', '.join(values)}.\n", tuple(values)
-            )
+            answer = f" {', '.join(values)}.\n"
+            return Turn(f"\nAll numbers of {keys[0]} are", answer, tuple(values), unordered=True)
         answer = "".join(fact(key, pairs[key][0]) for key in keys)
         return Turn(f"\nThe numbers of {', '.join(keys)}:\n", answer, tuple(values))

@@ -10,7 +10,10 @@ _QUESTION_TOKENS = 50
 
 @dataclass(frozen=True)
 class VariableTracking:
-    """A number is given to a variable and handed on from one to the next; name all of them."""
+    """A number goes to a first name and from each name to the next; which names have it?
+
+    RULER's assignments, told in the order in which they are followed.
+    """
 
     name: str = "variable_tracking"
     conversation: bool = False
@@ -23,7 +26,7 @@ class VariableTracking:
         numbers = [source.number() for _ in chains]
         # Chains are woven into each other, each in its own order.
         queues = [
-            [f"Let {a} be {b}.\n" for a, b in zip(chain, [number, *chain], strict=False)]
+            [f"Give {a} to {b}.\n" for a, b in pairwise([number, *chain])]
             for chain, number in zip(chains, numbers, strict=True)
         ]
         facts = []
@@ -31,7 +34,7 @@ class VariableTracking:
             facts.append(source.rng.choice([queue for queue in queues if queue]).pop(0))
         context = source.haystack(facts, num_tokens - _QUESTION_TOKENS * num_turns, source.lines)
         turns = (
-            Turn(f"\nAll names of {number}:", f" {', '.join(chain)}.\n", tuple(chain))
+            Turn(f"\nAll that got {number}:", f" {', '.join(chain)}.\n", tuple(chain), True)
             for chain, number in zip(chains, numbers, strict=True)
         )
         return Example(context, tuple(turns))

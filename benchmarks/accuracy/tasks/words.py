@@ -1,5 +1,7 @@
 """Counting: RULER's common and frequent words."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from accuracy.tasks.base import Example, Source, Turn, words
@@ -28,14 +30,15 @@ class CommonWords:
         source.rng.shuffle(listed)
         rows = [listed[i : i + 10] for i in range(0, len(listed), 10)]
         context = "".join(f"{', '.join(row)}\n" for row in rows)
-        return Example(
-            context, (Turn("\nThe most common words:", f" {', '.join(common)}.\n", tuple(common)),)
-        )
+        return Example(context, (_ask("common", common),))
 
 
 @dataclass(frozen=True)
 class FrequentWords:
-    """Words whose frequencies fall as a power of their rank; the first three are asked."""
+    """Words whose frequencies fall as a power of their rank; the three drawn most often are asked.
+
+    They are words of few tokens, so that tokens can be counted.
+    """
 
     name: str = "frequent_words"
     conversation: bool = False
@@ -45,7 +48,9 @@ class FrequentWords:
     def make(self, source: Source, num_tokens: int, num_turns: int) -> Example:
         """See `Task.make`. One text, hence one turn."""
         del num_turns
-        pool = source.rng.sample(words(), 200)
+        shuffled = source.rng.sample(words(), len(words()))
+        pool = sorted(shuffled, key=lambda word: source.count_tokens(f" {word}"))[:200]
+        source.rng.shuffle(pool)
         weights = [1 / (rank + 1) ** self.alpha for rank in range(len(pool))]
         # The first words are most of the text: their own lengths count.
         costs = [
@@ -55,7 +60,11 @@ class FrequentWords:
         drawn = source.rng.choices(pool, weights, k=int((num_tokens - 40) / per_word))
         rows = [drawn[i : i + 10] for i in range(0, len(drawn), 10)]
         context = "".join(f"{' '.join(row)}\n" for row in rows)
-        top = pool[: self.asked]
-        return Example(
-            context, (Turn("\nThe most frequent words:", f" {', '.join(top)}.\n", tuple(top)),)
-        )
+        top = (word for word, _ in Counter(drawn).most_common(self.asked))
+        return Example(context, (_ask("frequent", top),))
+
+
+def _ask(which: str, found: Iterable[str]) -> Turn:
+    references = tuple(found)
+    answer = f" {', '.join(references)}.\n"
+    return Turn(f"\nThe most {which} words:", answer, references, unordered=True)
