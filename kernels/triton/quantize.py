@@ -6,7 +6,7 @@ import triton.language as tl
 
 from vllm_tailorkv.kernels.types import ChannelIndex, DenseCodes, DerivedPages, GroupCodes
 
-_TILE = 8192
+_TILE = 2048
 """Elements of K that a program holds in registers."""
 _BLOCK_TOKENS = 32
 
@@ -184,8 +184,9 @@ def _quantize_values(
         x = x.to(tl.float32)
         low = tl.min(tl.where(kept, x, float("inf")), 1)
         high = tl.max(tl.where(kept, x, -float("inf")), 1)
-        count: tl.constexpr = min(GROUP, HEAD_SIZE - part * GROUP)
-        scales, zeros = _encode(x, low, high, kept, 1, count, BITS, FIT)
+        scales, zeros = _encode(
+            x, low, high, kept, 1, min(GROUP, HEAD_SIZE - part * GROUP), BITS, FIT
+        )
         packed = tl.where(kept, _round_codes(x, scales[:, None], zeros[:, None], LEVELS), 0)
         packed = tl.sum(tl.reshape(packed, (BLOCK, BYTES, PER_BYTE)) << shifts, 2)
         at = part * BYTES + tl.arange(0, BYTES)
