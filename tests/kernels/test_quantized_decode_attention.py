@@ -8,8 +8,9 @@ from vllm_tailorkv.kernels import ops, reference
 from vllm_tailorkv.layout import KeyLayout
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-TWO_PARTS = 2e-4
-"""Of products that GPUs make with two bf16 parts of each float."""
+TWO_PARTS = 5e-4
+"""Of products that GPUs make with two bf16 parts of each float; the interpreter cuts the second
+part where a GPU rounds it, and a mean of random V is small beside what it is the sum of."""
 LENGTHS = [1, 127, 128, 129, 700, 64]
 
 CASES = [

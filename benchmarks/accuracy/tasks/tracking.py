@@ -33,11 +33,12 @@ class VariableTracking:
         while any(queues):
             facts.append(source.rng.choice([queue for queue in queues if queue]).pop(0))
         context = source.haystack(facts, num_tokens - _QUESTION_TOKENS * num_turns, source.lines)
-        turns = (
-            Turn(f"\nAll that got {number}:", f" {', '.join(chain)}.\n", tuple(chain), True)
-            for chain, number in zip(chains, numbers, strict=True)
-        )
-        return Example(context, tuple(turns))
+        return Example(context, tuple(map(_trace, numbers, chains)))
+
+
+def _trace(number: str, chain: list[str]) -> Turn:
+    answer = f" {', '.join(chain)}.\n"
+    return Turn(f"\nAll that got {number}:", answer, tuple(chain), unordered=True)
 
 
 @dataclass(frozen=True)
