@@ -19,22 +19,15 @@ import argparse
 
 import torch
 from speed.command import Lines, add_output, numbers, parser, positive, progress
-from speed.shapes import GROUP_SIZE, SHAPES, Case
-
-from vllm_tailorkv.layout import DerivedKind
+from speed.shapes import CASES, GROUP_SIZE, SHAPES
 
 _EXAMPLES = """\
   python benchmarks/write_pages.py --context 8192,32768
   python benchmarks/write_pages.py --shape mha-7b --context 8192 --threads 1 --json write.jsonl
 """
 
-CASES = (
-    Case("sparse", DerivedKind.CHANNELS, 1),
-    Case("sparse", DerivedKind.ONEBIT, 1),
-    Case("dense", DerivedKind.DENSE, 1),
-    Case("dense", DerivedKind.DENSE, 2),
-    Case("dense", DerivedKind.DENSE, 4),
-)
+# Ranking again changes no page.
+PAGE_CASES = tuple(case for case in CASES if case.rerank == 1)
 
 
 def main() -> None:
@@ -46,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     shape = SHAPES[args.shape]
     with Lines(args.json) as lines, progress() as bar:
-        task = bar.add_task("", total=len(args.context) * (len(CASES) + 1))
+        task = bar.add_task("", total=len(args.context) * (len(PAGE_CASES) + 1))
         for context in args.context:
             bar.update(task, description=f"{context:,} tokens: vLLM's attention")
             prompt = Prompt.random(shape, context, args.chunk)
@@ -54,7 +47,7 @@ def main() -> None:
             theirs.write()
             attention = theirs.attend(args.attention_rows)
             bar.advance(task)
-            for case in CASES:
+            for case in PAGE_CASES:
                 name = case.index or f"{case.bits} bit"
                 bar.update(task, description=f"{context:,} tokens: {case.layer}, {name}")
                 result = measure(prompt, case, theirs, attention, args.seconds)

@@ -65,4 +65,5 @@ CASES = (
     Case("sparse", DerivedKind.CHANNELS, 1),
     Case("dense", DerivedKind.DENSE, 1),
     Case("dense", DerivedKind.DENSE, 2),
+    Case("dense", DerivedKind.DENSE, 4),
 )
