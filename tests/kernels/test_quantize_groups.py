@@ -124,6 +124,17 @@ def test_fit_lowers_the_error(bits, share):
     assert errors[1] > 0.001 * errors[0]
 
 
+@pytest.mark.parametrize("bits", [1, 2])
+def test_a_lone_outlier_keeps_its_value(bits):
+    """As the K of a sink token has it: a level of its own, and the others are not pushed aside."""
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(6))
+    x[:, 0] += 30
+    codes, scale, zero = reference.quantize(x, bits)
+    error = codes * scale.float().unsqueeze(1) + zero.float().unsqueeze(1) - x
+    assert error[:, 0].abs().max() <= 0.05
+    assert error[:, 1:].square().mean().sqrt() <= 1.1
+
+
 @pytest.mark.parametrize("kind", list(DerivedKind))
 def test_nothing_to_do(fast, build_cache, kind):
     cache = build_cache(kind=kind)
