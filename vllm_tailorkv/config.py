@@ -137,7 +137,8 @@ class TailorKVConfig(BaseModel):
     @classmethod
     def _refuse_wrong_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         # Python would take booleans for 0 and 1, and pydantic words for booleans.
-        wants_one = info.field_name in ("fit_codes", "key_rows")
+        assert info.field_name is not None
+        wants_one = cls.model_fields[info.field_name].annotation is bool
         if isinstance(value, bool) != wants_one:
             raise ValueError("must be true or false" if wants_one else "must not be a boolean")
         return value

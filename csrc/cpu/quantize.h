@@ -46,7 +46,8 @@ Line fitted_line(const float* x, int64_t n, float low, float extent) {
   const float width = extent / kSteps;
   F total_code = splat(0), total_step = splat(0), squares = splat(0), products = splat(0);
   auto add = [&](F value) {
-    F step = round_even((value - splat(low)) / splat(width));
+    // Bounded, so that a NaN is a number, too: the sums become integers.
+    F step = min(max(round_even((value - splat(low)) / splat(width)), splat(0)), splat(kSteps));
     F rough = round_even((step - splat(kOrigin)) / splat(kSpacing));
     F code = min(max(rough, splat(0)), splat(kLevels));
     total_code = total_code + code;
@@ -87,8 +88,9 @@ void quantize_run(const float* x, int64_t n, bool fit, uint8_t* codes, uint16_t*
   float smallest_x = smallest(low), range = largest(high) - smallest_x;
   Line line{range / kLevels, smallest_x};
   if constexpr (B <= 2) {
-    const bool spanned = line.scale > kHalfMax || to_float(Half{to_half(line.scale)}) == 0.0f;
-    if (fit && !spanned) line = fitted_line<B>(x, n, smallest_x, range);
+    // Never where the scale is no number.
+    const bool fits = line.scale <= kHalfMax && to_float(Half{to_half(line.scale)}) != 0.0f;
+    if (fit && fits) line = fitted_line<B>(x, n, smallest_x, range);
   }
   *scale = to_half(line.scale);
   *zero = to_half(line.zero);

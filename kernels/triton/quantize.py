@@ -26,8 +26,8 @@ def _fitted_line(x, low, high, kept, AXIS: tl.constexpr, COUNT: tl.constexpr, BI
     """
     extent = high - low
     width = tl.div_rn(extent, 1023.0 + tl.zeros_like(extent))
-    steps = tl.expand_dims(low, AXIS), tl.expand_dims(tl.where(width == 0.0, 1.0, width), AXIS)
-    steps = tl.div_rn(x - steps[0], steps[1] + tl.zeros_like(x))
+    divisors = tl.expand_dims(tl.where(width == 0.0, 1.0, width), AXIS) + tl.zeros_like(x)
+    steps = tl.div_rn(x - tl.expand_dims(low, AXIS), divisors)
     # 2^23 + step has no fraction: the addition rounds half to even.
     steps = (tl.minimum(steps, 1023.0) + 8388608.0).to(tl.int32, bitcast=True) & 1023
     steps = tl.where(kept, steps, 0)
