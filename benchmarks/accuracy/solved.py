@@ -55,6 +55,13 @@ def count_right(model: Retriever, encoder: Tokenizer, example: Example) -> tuple
 def main() -> None:
     """Prints the shares."""
     args = _arguments()
+    try:
+        _print_shares(args)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"solved.py: {error}") from None
+
+
+def _print_shares(args: argparse.Namespace) -> None:
     model, encoder = load(args.model)
     for length in args.lengths:
         for name in args.tasks:
@@ -82,14 +89,20 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=RETRIEVER, help="folder of a checkpoint")
     parser.add_argument("--lengths", type=_lengths, default="4096", metavar="N,...")
     parser.add_argument("--tasks", type=_tasks, default=",".join(TASKS), metavar="TASK,...")
-    parser.add_argument("--samples", type=int, default=3, help="contexts of each length")
-    parser.add_argument("--turns", type=int, default=4, help="questions over a context")
+    parser.add_argument("--samples", type=_positive, default=3, help="contexts of each length")
+    parser.add_argument("--turns", type=_positive, default=4, help="questions over a context")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
+def _positive(written: str) -> int:
+    if not written.isdecimal() or int(written) == 0:
+        raise argparse.ArgumentTypeError(f"{written!r} is no positive number")
+    return int(written)
+
+
 def _lengths(written: str) -> list[int]:
-    return [int(length) for length in written.split(",")]
+    return [_positive(length) for length in written.split(",")]
 
 
 def _tasks(written: str) -> list[str]:
