@@ -95,11 +95,12 @@ def check_codes(codes: DenseCodes, key_cache: torch.Tensor) -> None:
 def _check_index(index: TokenIndex, key_cache: torch.Tensor) -> None:
     blocks, heads, block_size, size = key_cache.shape
     if isinstance(index, ChannelIndex):
-        absmax = index.absmax
-        _require(absmax.dtype == key_cache.dtype, "absmax must have the caches' dtype")
+        extremes = index.extremes
+        _require(extremes.dtype == key_cache.dtype, "extremes must have the caches' dtype")
         _require(
-            absmax.dim() == 4 and (*absmax.shape[:2], absmax.shape[3]) == (blocks, heads, size),
-            "absmax must be [NB, Hk, G, d]",
+            extremes.dim() == 5
+            and (*extremes.shape[:2], *extremes.shape[3:]) == (blocks, heads, 2, size),
+            "extremes must be [NB, Hk, G, 2, d]",
         )
         return
     codes, scale, zero = index.key

@@ -62,7 +62,7 @@ def quantize_groups(
     elif isinstance(derived, OnebitIndex):
         _ops.quantize_onebit(groups, key_cache, *derived.key, fit)
     else:
-        _ops.reduce_channels(groups, key_cache, derived.absmax)
+        _ops.reduce_channels(groups, key_cache, derived.extremes)
 
 
 def quantized_decode_attention(
@@ -108,7 +108,7 @@ def score_tokens(
         _ops.score_channels(
             scores,
             query,
-            index.absmax,
+            index.extremes,
             key_cache,
             block_table,
             tail_start,
@@ -136,7 +136,7 @@ def propose_topk(
         _ops.propose_channels(
             indices,
             query,
-            index.absmax,
+            index.extremes,
             key_cache,
             block_table,
             tail_start,

@@ -123,7 +123,7 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def reduce_channels(groups: torch.Tensor, key_cache: torch.Tensor, index: ChannelIndex) -> None:
-    """`ops.quantize_groups` for an index of channels: `max_t |K[t]|` of each group, exact.
+    """`ops.quantize_groups` for an index of channels: the extremes of K in each group, exact.
 
     Args:
         groups: int64 [N] on the device, `block * G + group within the block`.
@@ -133,4 +133,4 @@ def reduce_channels(groups: torch.Tensor, key_cache: torch.Tensor, index: Channe
     Raises:
         RuntimeError: a shape, dtype, stride or device breaks this contract.
     """
-    _ops.reduce_channels(groups, key_cache, index.absmax)
+    _ops.reduce_channels(groups, key_cache, index.extremes)

@@ -8,6 +8,7 @@ import math
 import torch
 
 from vllm_tailorkv.kernels.types import (
+    SPREAD_GROUPS,
     ChannelIndex,
     DenseCodes,
     DerivedPages,
@@ -120,6 +121,7 @@ def quantize_rows(
     Returns:
         packed codes uint8 [..., ceil(d*b/8)]; scale and zero float16 [..., Vg].
     """
+    fit = fit and bits == 1
     parts = [quantize(part, bits, fit) for part in x.split(group_size, dim=-1)]
     codes = torch.cat([part[0] for part in parts], dim=-1)
     scale = torch.stack([part[1] for part in parts], dim=-1)
@@ -173,7 +175,7 @@ def quantize_groups(
 ) -> None:
     """See `ops.quantize_groups`."""
     block_size = key_cache.shape[2]
-    records = derived.absmax if isinstance(derived, ChannelIndex) else derived.key.scale
+    records = derived.extremes if isinstance(derived, ChannelIndex) else derived.key.scale
     per_block = records.shape[2]
     group_size = block_size // per_block
     for item in groups.tolist():
@@ -181,7 +183,8 @@ def quantize_groups(
         tokens = slice(group * group_size, (group + 1) * group_size)
         key = key_cache[block, :, tokens].float()
         if isinstance(derived, ChannelIndex):
-            derived.absmax[block, :, group] = key.abs().amax(1).to(key_cache.dtype)
+            extremes = torch.stack((key.amin(1), key.amax(1)), dim=1)
+            derived.extremes[block, :, group] = extremes.to(key_cache.dtype)
             continue
         bits = derived.key.codes.shape[4] * 8 // group_size
         codes, scale, zero = quantize(key.transpose(1, 2), bits, fit)
@@ -255,10 +258,10 @@ def quantized_decode_attention(
 
 
 def critical_channel_mask(
-    query: torch.Tensor, absmax: torch.Tensor, critical_channels: int
+    query: torch.Tensor, spread: torch.Tensor, critical_channels: int
 ) -> torch.Tensor:
     """The channels that count most: float32 [Q, d] and [d] to bool [d]."""
-    weight = query.abs().amax(0) * absmax
+    weight = query.abs().amax(0) * spread
     order = torch.argsort(weight, descending=True, stable=True)
     mask = torch.zeros_like(weight, dtype=torch.bool)
     mask[order[:critical_channels]] = True
@@ -283,11 +286,13 @@ def score_tokens(
         blocks = block_table[row, : math.ceil(end / block_size)].long()
         if isinstance(index, ChannelIndex):
             key = gather_rows(key_cache, blocks, end)
-            group_size = block_size // index.absmax.shape[2]
-            absmax = index.absmax[blocks].float().transpose(0, 1).flatten(1, 2)
-            absmax = absmax[:, : math.ceil(end / group_size)].amax(1)
+            group_size = block_size // index.extremes.shape[2]
+            count = math.ceil(end / group_size)
+            extremes = index.extremes[blocks].float().transpose(0, 1).flatten(1, 2)
+            extremes = extremes[:, : count : math.ceil(count / SPREAD_GROUPS)]
+            spread = extremes[:, :, 1].amax(1) - extremes[:, :, 0].amin(1)
             for head in range(key.shape[0]):
-                mask = critical_channel_mask(query[row, head], absmax[head], critical_channels)
+                mask = critical_channel_mask(query[row, head], spread[head], critical_channels)
                 key[head] *= mask
         else:
             group_size = block_size // index.key.scale.shape[2]
@@ -334,8 +339,9 @@ def refine_topk(
             key = key_cache[blocks, head, chosen % block_size].float()
             if len(chosen) and channels < key.shape[1]:
                 samples = min(16, len(chosen))
-                spread = key[[i * len(chosen) // samples for i in range(samples)]]
-                mask = critical_channel_mask(grouped[head], spread.abs().amax(0), channels)
+                sample = key[[i * len(chosen) // samples for i in range(samples)]]
+                spread = sample.amax(0) - sample.amin(0)
+                mask = critical_channel_mask(grouped[head], spread, channels)
                 key = key * mask
             scores = grouped[head] @ key.T * scale
             if softcap > 0:

@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 import torch
 
+SPREAD_GROUPS = 256
+"""Groups, at most, that tell how far a channel spreads over a context: `ops.score_tokens`."""
+
 
 class GroupCodes(NamedTuple):
     """Asymmetric low-bit codes: `x ~ zero + code * scale` (KIVI; TailorKV section 3.2).
@@ -48,10 +51,11 @@ class OnebitIndex(NamedTuple):
 class ChannelIndex(NamedTuple):
     """The derived pages of a sparse layer with `index="channels"`.
 
-    absmax: `max_t |K[t, channel]|` over each group, [NB, Hk, G, d], K's dtype (exact).
+    extremes: the smallest and the largest `K[t, channel]` of each group, [NB, Hk, G, 2, d], K's
+        dtype (exact).
     """
 
-    absmax: torch.Tensor
+    extremes: torch.Tensor
 
 
 TokenIndex = OnebitIndex | ChannelIndex

@@ -35,7 +35,7 @@ class DerivedKind(Enum):
     ONEBIT = "onebit"
     """1-bit codes of K (a sparse layer whose index is `onebit`)."""
     CHANNELS = "channels"
-    """The largest magnitude of every channel (a sparse layer whose index is `channels`)."""
+    """The extremes of every channel of K (a sparse layer whose index is `channels`)."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class PageLayout:
         d, g = self.head_size, self.group_size
         shapes: list[tuple[str, tuple[int, ...], int]] = []
         if self.kind is DerivedKind.CHANNELS:
-            shapes.append(("key_absmax", (d,), self.kv_itemsize))
+            shapes.append(("key_extremes", (2, d), self.kv_itemsize))
         else:
             bits = self.bits if self.kind is DerivedKind.DENSE else 1
             shapes.append(("key_codes", (d, g * bits // 8), 1))

@@ -20,7 +20,6 @@ from vllm_tailorkv.config import DensePlan
 from vllm_tailorkv.errors import TailorKVError
 
 SCHEMA_VERSION = 1
-FALLBACK_DENSE_LAYERS = (0, 1)
 NEIGHBOUR = "tailorkv.json"
 """A profile of this name beside a model's weights is found by itself."""
 
@@ -241,7 +240,10 @@ def base_name(model: str) -> str:
 
 
 def layer_plan(profile: str | DensePlan | None, shape: ModelShape) -> LayerPlan:
-    """The plan of a model: as asked, else beside it, else as published, else layers 0 and 1.
+    """The plan of a model: as asked, else beside it, else as known, else no dense layer.
+
+    A layer that is sparse reads the same tokens whatever it is, so nothing is guessed: a layer taken
+    for dense that is not loses what it looks for, at any budget.
 
     Raises:
         TailorKVError: the profile asked for or found does not fit the model.
@@ -264,6 +266,6 @@ def layer_plan(profile: str | DensePlan | None, shape: ModelShape) -> LayerPlan:
             shape.num_heads,
         )
         if any(name.startswith(alias) for alias in entry["names"]) and known == shape:
-            return _plan(tuple(entry["dense_layers"]), shape, f"published for {entry['name']}")
-    dense = tuple(i for i in FALLBACK_DENSE_LAYERS if i < shape.num_layers)
-    return LayerPlan(dense, shape.num_layers, "fallback", is_fallback=True)
+            source = f"{entry['source']} for {entry['name']}"
+            return _plan(tuple(entry["dense_layers"]), shape, source)
+    return LayerPlan((), shape.num_layers, "no profile", is_fallback=True)

@@ -196,10 +196,10 @@ void quantize_onebit(const Tensor& groups, const Tensor& key_cache, const Tensor
   kernels().quantize_groups(op);
 }
 
-void reduce_channels(const Tensor& groups, const Tensor& key_cache, const Tensor& absmax) {
+void reduce_channels(const Tensor& groups, const Tensor& key_cache, const Tensor& extremes) {
   auto op = quantize_of(tailorkv::Derive::kChannels, groups, key_cache, key_cache);
-  op.absmax = records<void>(absmax, "absmax", 4, key_cache.scalar_type());
-  op.grouping = grouping_of(op.shape, absmax.size(2), 0);
+  op.extremes = records<void>(extremes, "extremes", 5, key_cache.scalar_type());
+  op.grouping = grouping_of(op.shape, extremes.size(2), 0);
   kernels().quantize_groups(op);
 }
 
@@ -230,7 +230,7 @@ tailorkv::ScoreOnebit onebit_of(const Tensor& query, const Tensor& key_codes,
           codes_of(key_codes, key_scale, key_zero, 4)};
 }
 
-tailorkv::ScoreChannels channels_of(const Tensor& query, const Tensor& absmax,
+tailorkv::ScoreChannels channels_of(const Tensor& query, const Tensor& extremes,
                                     const Tensor& key_cache, const Tensor& block_table,
                                     const Tensor& tail_start, int64_t sink_tokens,
                                     int64_t critical_channels) {
@@ -238,9 +238,9 @@ tailorkv::ScoreChannels channels_of(const Tensor& query, const Tensor& absmax,
   const auto shape = shape_of(key_cache);
   REQUIRE(query.dim() == 4 && query.size(1) == shape.kv_heads && query.size(3) == shape.head_size,
           "query", "[R, Hk, Q, d]");
-  return {score_of(query, shape, grouping_of(shape, absmax.size(2), 0), block_table, tail_start,
+  return {score_of(query, shape, grouping_of(shape, extremes.size(2), 0), block_table, tail_start,
                    sink_tokens),
-          float_dtype(key_cache, "key_cache"), records<void>(absmax, "absmax", 4, dtype),
+          float_dtype(key_cache, "key_cache"), records<void>(extremes, "extremes", 5, dtype),
           cache(key_cache, "key_cache", dtype), static_cast<int32_t>(critical_channels)};
 }
 
@@ -265,10 +265,10 @@ void score_onebit(const Tensor& scores, const Tensor& query, const Tensor& key_c
   kernels().score_onebit(op);
 }
 
-void score_channels(const Tensor& scores, const Tensor& query, const Tensor& absmax,
+void score_channels(const Tensor& scores, const Tensor& query, const Tensor& extremes,
                     const Tensor& key_cache, const Tensor& block_table, const Tensor& tail_start,
                     int64_t sink_tokens, int64_t critical_channels) {
-  auto op = channels_of(query, absmax, key_cache, block_table, tail_start, sink_tokens,
+  auto op = channels_of(query, extremes, key_cache, block_table, tail_start, sink_tokens,
                         critical_channels);
   give_scores(op.score, scores);
   kernels().score_channels(op);
@@ -282,10 +282,10 @@ void propose_onebit(const Tensor& indices, const Tensor& query, const Tensor& ke
                             indices_of(indices), size(indices, 2)});
 }
 
-void propose_channels(const Tensor& indices, const Tensor& query, const Tensor& absmax,
+void propose_channels(const Tensor& indices, const Tensor& query, const Tensor& extremes,
                       const Tensor& key_cache, const Tensor& block_table, const Tensor& tail_start,
                       int64_t sink_tokens, int64_t critical_channels) {
-  kernels().propose_channels({channels_of(query, absmax, key_cache, block_table, tail_start,
+  kernels().propose_channels({channels_of(query, extremes, key_cache, block_table, tail_start,
                                           sink_tokens, critical_channels),
                               indices_of(indices), size(indices, 2)});
 }
@@ -363,7 +363,7 @@ STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
       "quantize_onebit(Tensor groups, Tensor key_cache, Tensor(a!) key_codes, "
       "Tensor(b!) key_scale, Tensor(c!) key_zero, bool fit) -> ()");
   m.def(
-      "reduce_channels(Tensor groups, Tensor key_cache, Tensor(a!) absmax) "
+      "reduce_channels(Tensor groups, Tensor key_cache, Tensor(a!) extremes) "
       "-> ()");
   m.def(
       "quantized_decode_attention(Tensor(a!) output, Tensor query, Tensor "
@@ -381,7 +381,7 @@ STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
       "sink_tokens, int block_size) "
       "-> ()");
   m.def(
-      "score_channels(Tensor(a!) scores, Tensor query, Tensor absmax, Tensor "
+      "score_channels(Tensor(a!) scores, Tensor query, Tensor extremes, Tensor "
       "key_cache, "
       "Tensor block_table, Tensor tail_start, int sink_tokens, int "
       "critical_channels) -> ()");
@@ -390,7 +390,7 @@ STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
       "Tensor key_zero, Tensor block_table, Tensor tail_start, int sink_tokens, int block_size) "
       "-> ()");
   m.def(
-      "propose_channels(Tensor(a!) indices, Tensor query, Tensor absmax, Tensor key_cache, "
+      "propose_channels(Tensor(a!) indices, Tensor query, Tensor extremes, Tensor key_cache, "
       "Tensor block_table, Tensor tail_start, int sink_tokens, int critical_channels) -> ()");
   m.def(
       "select_topk(Tensor(a!) indices, Tensor scores, Tensor tail_start, int "

@@ -8,25 +8,20 @@ inline const int32_t* table_of(const ScoreTokens& op, int64_t row) {
   return op.block_table.data + row * op.block_table.stride;
 }
 
-// Magnitudes are ordered as the integers of their bits are.
+// Groups that tell how far a channel spreads over a context, see `ops.score_tokens`.
+constexpr int64_t kSpreadGroups = 256;
+// Groups whose extremes are asked for ahead of the one at work.
+constexpr int64_t kExtremesAhead = 2;
+
+// Stretch low and high [padded(d)] by the extremes of one group.
+//   extremes: [2, d], rows item apart
 template <class T>
-struct MagnitudeBits {
-  using Type = uint16_t;
-};
-template <>
-struct MagnitudeBits<float> {
-  using Type = uint32_t;
-};
-
-// Blocks whose magnitudes are asked for ahead of the one at work.
-constexpr int64_t kMagnitudesAhead = 2;
-
-// Raise `most` [d] to the magnitudes of two records.
-template <class Bits>
-void raise(Bits* most, const Bits* a, const Bits* b, int64_t d) {
-  for (int64_t c = 0; c < d; ++c) {
-    const Bits x = a[c] > b[c] ? a[c] : b[c];
-    most[c] = x > most[c] ? x : most[c];
+void stretch(const T* extremes, int64_t item, int64_t d, float* low, float* high) {
+  for (int64_t c = 0; c < d; c += W) {
+    const int n = static_cast<int>(smaller(W, d - c));
+    const T *least = extremes + c, *most = extremes + item + c;
+    store(low + c, min(load(low + c), n == W ? load(least) : load(least, n)));
+    store(high + c, max(load(high + c), n == W ? load(most) : load(most, n)));
   }
 }
 
@@ -40,31 +35,34 @@ void find_channels(const ScoreChannels& op, int64_t count, int32_t* channels) {
   // A row without a middle has no task, and whatever channels.
   __builtin_memset(channels, 0, static_cast<size_t>(score.rows * heads * count) * 4);
   auto groups_of = [&](int64_t row) { return larger(0, ceil_div(score.tail_start[row], g)); };
-  // A block's heads lie side by side, so a task takes them all, block by block.
-  Tasks tasks = cut(score.rows, 1, ceil_div(64, per_block * heads), INT32_MAX,
-                    [&](int32_t row) { return ceil_div(groups_of(row), per_block); });
-  using Bits = typename MagnitudeBits<T>::Type;
-  constexpr int64_t kLine = 64 / sizeof(Bits);
-  Bits* partial = take<Bits>(tasks.count * heads * pitch);
+  auto step_of = [&](int64_t row) { return larger(1, ceil_div(groups_of(row), kSpreadGroups)); };
+  // A block's heads lie side by side, so a task takes them all, group by group.
+  Tasks tasks = cut(score.rows, 1, ceil_div(64, heads), INT32_MAX,
+                    [&](int32_t row) { return ceil_div(groups_of(row), step_of(row)); });
+  constexpr int64_t kLine = 64 / sizeof(T);
+  float* partial = take<float>(tasks.count * heads * 2 * pitch);
   parallel_for(tasks.count, [&](int64_t i) {
     const Task& task = tasks.data[i];
-    Bits* most = partial + i * heads * pitch;
-    __builtin_memset(most, 0, static_cast<size_t>(heads * pitch) * sizeof(Bits));
+    float* widest = partial + i * heads * 2 * pitch;
+    for (int64_t j = 0; j < heads * 2 * pitch; j += W) {
+      store(widest + j, splat(j / pitch % 2 == 0 ? kInfinity : -kInfinity));
+    }
     const int32_t* table = table_of(score, task.row);
-    for (int64_t block = task.begin; block < task.end; ++block) {
-      const int64_t groups = smaller(per_block, groups_of(task.row) - block * per_block);
-      const int64_t next = table[smaller(block + kMagnitudesAhead, task.end - 1)];
+    const int64_t step = step_of(task.row);
+    auto extremes_of = [&](int64_t unit, int64_t head) {
+      const int64_t group = unit * step;
+      return at<T>(op.extremes, table[group / per_block], head, group % per_block);
+    };
+    for (int64_t unit = task.begin; unit < task.end; ++unit) {
+      const int64_t next = smaller(unit + kExtremesAhead, task.end - 1);
       for (int64_t head = 0; head < heads; ++head) {
-        for (int64_t group = 0; group < groups; ++group) {
-          const Bits* ahead = at<Bits>(op.absmax, next, head, group);
-          for (int64_t c = 0; c < d; c += kLine) __builtin_prefetch(ahead + c, 0, 2);
+        const T* ahead = extremes_of(next, head);
+        for (int64_t c = 0; c < d; c += kLine) {
+          __builtin_prefetch(ahead + c, 0, 2);
+          __builtin_prefetch(ahead + op.extremes.item + c, 0, 2);
         }
-        for (int64_t group = 0; group < groups; group += 2) {
-          // A last one without a partner is taken twice.
-          const int64_t other = smaller(group + 1, groups - 1);
-          raise(most + head * pitch, at<Bits>(op.absmax, table[block], head, group),
-                at<Bits>(op.absmax, table[block], head, other), d);
-        }
+        float* low = widest + head * 2 * pitch;
+        stretch(extremes_of(unit, head), op.extremes.item, d, low, low + pitch);
       }
     }
   });
@@ -76,20 +74,18 @@ void find_channels(const ScoreChannels& op, int64_t count, int32_t* channels) {
     for (int64_t head = 0; head < heads; ++head) {
       const int64_t pair = row * heads + head;
       const float* query = score.query + pair * score.queries * d;
-      Bits* most = partial + (first * heads + head) * pitch;
+      float* low = partial + (first * heads + head) * 2 * pitch;
+      float* high = low + pitch;
       for (int64_t j = first + 1; j < i; ++j) {
-        const Bits* part = partial + (j * heads + head) * pitch;
-        raise(most, part, part, d);
+        stretch(partial + (j * heads + head) * 2 * pitch, pitch, pitch, low, high);
       }
       for (int64_t c = 0; c < d; ++c) {
-        T element;
-        __builtin_memcpy(&element, most + c, sizeof(T));
         float largest_query = 0;
         for (int32_t q = 0; q < score.queries; ++q) {
           const float magnitude = __builtin_fabsf(query[q * d + c]);
           largest_query = magnitude > largest_query ? magnitude : largest_query;
         }
-        weight[c] = to_float(element) * largest_query;
+        weight[c] = (high[c] - low[c]) * largest_query;
       }
       choose_channels(weight, d, count, ranked, channels + pair * count);
     }

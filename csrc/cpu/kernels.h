@@ -69,7 +69,7 @@ struct QuantizeGroups {
   const int64_t* groups;  // [N]
   Cache key_cache, value_cache;
   Codes key, value;      // value with kDense, key with kDense and kOnebit
-  Records<void> absmax;  // [NB, Hk, G, d] of the caches' dtype, with kChannels; item is 1
+  Records<void> extremes;  // [NB, Hk, G, 2, d] of the caches' dtype, with kChannels
 };
 
 // What both decode attentions share.
@@ -119,7 +119,7 @@ struct ScoreOnebit {
 struct ScoreChannels {
   ScoreTokens score;
   Dtype dtype;
-  Records<void> absmax;  // [NB, Hk, G, d]; item is 1
+  Records<void> extremes;  // [NB, Hk, G, 2, d]
   Cache key_cache;
   int32_t critical_channels;
 };

@@ -158,7 +158,7 @@ void quantize_values(const QuantizeGroups& op, float* row, int64_t block, int he
     }
     for (int64_t c = d; c < padded(d); ++c) row[c] = row[d - 1];
     for (int64_t c = 0, i = 0; c < d; c += g, ++i) {
-      quantize_run<B>(row + c, smaller(g, d - c), op.fit,
+      quantize_run<B>(row + c, smaller(g, d - c), op.fit && B == 1,
                       codes + t * op.value.codes.item + c * B / 8,
                       scale + t * op.value.scale.item + i, zero + t * op.value.zero.item + i);
     }
@@ -169,11 +169,17 @@ template <class T>
 void reduce_channels(const QuantizeGroups& op, const float* tile, int64_t block, int head,
                      int64_t group) {
   const int64_t g = op.grouping.group_size;
-  T* absmax = at<T>(op.absmax, block, head, group);
+  T* lowest = at<T>(op.extremes, block, head, group);
+  T* highest = lowest + op.extremes.item;
   for (int64_t c = 0; c < op.shape.head_size; ++c) {
-    F most = splat(0);
-    for (int64_t t = 0; t < g; t += W) most = max(most, abs(load(tile + c * g + t)));
-    from_float(absmax + c, largest(most));
+    F low = load(tile + c * g), high = low;
+    for (int64_t t = W; t < g; t += W) {
+      F x = load(tile + c * g + t);
+      low = min(low, x);
+      high = max(high, x);
+    }
+    from_float(lowest + c, smallest(low));
+    from_float(highest + c, largest(high));
   }
 }
 

@@ -69,11 +69,12 @@ void prepare(const RefineTopk& op, const T* query, const RefineScratch& scratch,
     T* tile = reinterpret_cast<T*>(scratch.tile);
     gather_tile(keys, scratch.offsets, d, tile);
     for (int64_t c = 0; c < d; ++c) {
-      F magnitude = splat(0);
-      for (int64_t v = 0; v < kTile; v += W) {
-        magnitude = max(magnitude, abs(load(tile + c * kTile + v)));
+      F low = load(tile + c * kTile), high = low;
+      for (int64_t v = W; v < kTile; v += W) {
+        low = min(low, load(tile + c * kTile + v));
+        high = max(high, load(tile + c * kTile + v));
       }
-      weight[c] = largest(magnitude);
+      weight[c] = largest(high) - smallest(low);
     }
     for (int64_t c = 0; c < d; ++c) {
       float most = 0;

@@ -212,30 +212,31 @@ void unpack_codes(const Tensor& codes, const Tensor& packed, int64_t bits) {
   require_launched(tailorkv::cuda::unpack_codes(op, current_stream(device)), "unpack_codes");
 }
 
-void reduce_channels(const Tensor& groups, const Tensor& key_cache, const Tensor& absmax) {
+void reduce_channels(const Tensor& groups, const Tensor& key_cache, const Tensor& extremes) {
   const auto dtype = key_cache.scalar_type();
   require_contiguous(groups, "groups", 1, ScalarType::Long);
   auto pages = pages_of(key_cache, "key_cache", dtype);
-  require(absmax, "absmax", 4, dtype);
+  require(extremes, "extremes", 5, dtype);
   const int32_t bytes = item_bytes(key_cache, "key_cache");
   REQUIRE(pages.channel == bytes || pages.token == bytes, "key_cache",
           "contiguous in its tokens or in its channels");
-  const int32_t groups_per_block = size(absmax, 2);
+  const int32_t groups_per_block = size(extremes, 2);
   REQUIRE(groups_per_block > 0 && key_cache.size(2) % groups_per_block == 0, "block_size",
           "a multiple of group_size");
   const int32_t group_size = size(key_cache, 2) / groups_per_block;
   REQUIRE(group_size % 32 == 0 && group_size <= 1024, "group_size", "a multiple of 32 up to 1024");
   REQUIRE(key_cache.size(3) > 0 && key_cache.size(3) % 8 == 0 && key_cache.size(3) <= 1024,
           "head_size", "a multiple of 8 up to 1024");
-  REQUIRE(absmax.size(0) == key_cache.size(0) && absmax.size(1) == key_cache.size(1) &&
-              absmax.size(3) == key_cache.size(3) && absmax.stride(3) == 1,
-          "absmax", "[NB, Hk, G, d] with a contiguous last axis");
+  REQUIRE(extremes.size(0) == key_cache.size(0) && extremes.size(1) == key_cache.size(1) &&
+              extremes.size(3) == 2 && extremes.size(4) == key_cache.size(3) &&
+              extremes.stride(3) == extremes.size(4) && extremes.stride(4) == 1,
+          "extremes", "[NB, Hk, G, 2, d] with contiguous last axes");
   // Of two channels a thread writes both at once.
   for (int64_t axis = 0; axis < 3; ++axis) {
-    REQUIRE(absmax.stride(axis) * bytes % 4 == 0, "absmax", "aligned to 4 bytes in each stride");
+    REQUIRE(extremes.stride(axis) * bytes % 4 == 0, "extremes", "aligned to 4 bytes in each stride");
   }
-  REQUIRE(reinterpret_cast<uintptr_t>(absmax.data_ptr()) % 4 == 0, "absmax", "aligned to 4 bytes");
-  const int32_t device = device_of(absmax, "absmax");
+  REQUIRE(reinterpret_cast<uintptr_t>(extremes.data_ptr()) % 4 == 0, "extremes", "aligned to 4 bytes");
+  const int32_t device = device_of(extremes, "extremes");
   require_on_device(groups, "groups", device);
   if (groups.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -243,7 +244,7 @@ void reduce_channels(const Tensor& groups, const Tensor& key_cache, const Tensor
   require_launched(tailorkv::cuda::reduce_channels(
                        {bytes, size(key_cache, 1), size(key_cache, 3), group_size, groups_per_block,
                         groups.size(0), static_cast<const int64_t*>(groups.data_ptr()), pages,
-                        absmax.data_ptr(), absmax.stride(0), absmax.stride(1), absmax.stride(2)},
+                        extremes.data_ptr(), extremes.stride(0), extremes.stride(1), extremes.stride(2)},
                        current_stream(device)),
                    "reduce_channels");
 }
@@ -259,7 +260,7 @@ STABLE_TORCH_LIBRARY(vllm_tailorkv_cuda, m) {
       "Tensor value_cache, Tensor indices, Tensor block_table) -> ()");
   m.def("pack_codes(Tensor(a!) packed, Tensor codes, int bits) -> ()");
   m.def("unpack_codes(Tensor(a!) codes, Tensor packed, int bits) -> ()");
-  m.def("reduce_channels(Tensor groups, Tensor key_cache, Tensor(a!) absmax) -> ()");
+  m.def("reduce_channels(Tensor groups, Tensor key_cache, Tensor(a!) extremes) -> ()");
   m.def("archs() -> str");
 }
 

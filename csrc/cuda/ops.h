@@ -46,7 +46,7 @@ struct Codes {
   uint8_t* packed;  // [rows, ceil(length * bits / 8)]
 };
 
-// The largest magnitude of each channel over groups of tokens.
+// The extremes of each channel over groups of tokens.
 struct ReduceChannels {
   int32_t item_bytes;  // 2 or 4
   int32_t kv_heads, head_size;
@@ -54,8 +54,8 @@ struct ReduceChannels {
   int64_t num_groups;
   const int64_t* groups;  // [N], block * G + group
   Pages key_cache;        // its tokens or its channels are contiguous
-  void* absmax;           // [NB, Hk, G, d]
-  int64_t absmax_block, absmax_head, absmax_group;
+  void* extremes;           // [NB, Hk, G, 2, d]
+  int64_t extremes_block, extremes_head, extremes_group;
 };
 
 // Each launches on `stream` and returns nullptr, or why it could not.

@@ -1,7 +1,7 @@
-// reduce_channels: the largest magnitude of each channel over a group of tokens.
+// reduce_channels: the smallest and the largest K of each channel over a group of tokens.
 //
-// A magnitude is an element without its sign bit, and magnitudes order as unsigned integers: the
-// result is exact in every dtype, and NaN, above all others, stays.
+// An element's bits, those below the sign inverted where it is set, order as signed integers: the
+// result is exact in every dtype, and a NaN, beyond all others on its side, stays.
 #pragma once
 
 #include "addressing.cuh"
@@ -14,109 +14,146 @@ constexpr int kReduceThreads = 256;
 constexpr int kReduceBytes = 16;
 constexpr int kWords = kReduceBytes / 4;
 
-// Magnitudes of the elements of a word, of 2 or 4 bytes each.
+// The elements of a word, of 2 or 4 bytes each, as integers in their order; and back again.
 template <int ItemBytes>
-TAILORKV_HD uint32_t magnitudes(uint32_t word) {
-  return word & (ItemBytes == 2 ? 0x7FFF7FFFu : 0x7FFFFFFFu);
+TAILORKV_HD uint32_t in_order(uint32_t word) {
+  if constexpr (ItemBytes == 4) return word ^ (word >> 31) * 0x7FFFFFFFu;
+  return word ^ (word >> 15 & 0x00010001u) * 0x7FFFu;
 }
 
-// The larger magnitude of each element of two words.
-template <int ItemBytes>
-TAILORKV_HD uint32_t larger_magnitudes(uint32_t a, uint32_t b) {
-  if constexpr (ItemBytes == 4) return larger(a, b);
+// The smaller (or larger) of the elements of two words in order.
+template <int ItemBytes, bool Larger>
+TAILORKV_HD uint32_t choose(uint32_t a, uint32_t b) {
+  if constexpr (ItemBytes == 4) {
+    return (static_cast<int32_t>(a) < static_cast<int32_t>(b)) == Larger ? b : a;
+  }
 #if defined(__CUDA_ARCH__)
-  return __vmaxu2(a, b);
+  return Larger ? __vmaxs2(a, b) : __vmins2(a, b);
 #else
-  return larger(a & 0xFFFFu, b & 0xFFFFu) | larger(a & 0xFFFF0000u, b & 0xFFFF0000u);
+  // Comparing in the upper half, where the sign is.
+  auto half = [](uint32_t x, uint32_t y) {
+    return (static_cast<int32_t>(x) < static_cast<int32_t>(y)) == Larger ? y : x;
+  };
+  return half(a << 16, b << 16) >> 16 | half(a & 0xFFFF0000u, b & 0xFFFF0000u);
 #endif
 }
 
-// The largest magnitude within a word.
+// The extremes so far of the elements of some words in order.
 template <int ItemBytes>
-TAILORKV_HD uint32_t largest_of_word(uint32_t word) {
-  if constexpr (ItemBytes == 4) return word;
-  return larger(word & 0xFFFFu, word >> 16);
-}
+struct Extremes {
+  uint32_t low, high;
+
+  TAILORKV_HD void clear() {
+    low = ItemBytes == 2 ? 0x7FFF7FFFu : 0x7FFFFFFFu;
+    high = ~low;
+  }
+  TAILORKV_HD void take(uint32_t least, uint32_t most) {
+    low = choose<ItemBytes, false>(low, least);
+    high = choose<ItemBytes, true>(high, most);
+  }
+  // Of both elements of a word of 2 bytes each.
+  TAILORKV_HD void join_halves() {
+    if constexpr (ItemBytes == 2) take(low >> 16 | low << 16, high >> 16 | high << 16);
+  }
+};
 
 template <int ItemBytes>
-__device__ __forceinline__ void take_larger(uint32_t (&most)[kWords], const void* from) {
+__device__ __forceinline__ void take_words(Extremes<ItemBytes> (&found)[kWords],
+                                           const void* from) {
   const uint4 read = __ldcs(static_cast<const uint4*>(from));
-  most[0] = larger_magnitudes<ItemBytes>(most[0], magnitudes<ItemBytes>(read.x));
-  most[1] = larger_magnitudes<ItemBytes>(most[1], magnitudes<ItemBytes>(read.y));
-  most[2] = larger_magnitudes<ItemBytes>(most[2], magnitudes<ItemBytes>(read.z));
-  most[3] = larger_magnitudes<ItemBytes>(most[3], magnitudes<ItemBytes>(read.w));
+  const uint32_t words[kWords] = {in_order<ItemBytes>(read.x), in_order<ItemBytes>(read.y),
+                                  in_order<ItemBytes>(read.z), in_order<ItemBytes>(read.w)};
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) found[i].take(words[i], words[i]);
 }
 
 // Where one block reads and writes: one group of one KV head.
 struct ReduceTask {
   const char* key;  // first token of the group
-  char* absmax;     // [d]
+  char* extremes;   // [2, d]
 };
 
 TAILORKV_HD ReduceTask reduce_task(const ReduceChannels& op, int64_t index) {
   const int64_t head = index % op.kv_heads;
   const BlockSlot where = group_slot(op.groups[index / op.kv_heads], op.groups_per_block);
-  const int64_t to = where.block * op.absmax_block + head * op.absmax_head +
-                     static_cast<int64_t>(where.offset) * op.absmax_group;
+  const int64_t to = where.block * op.extremes_block + head * op.extremes_head +
+                     static_cast<int64_t>(where.offset) * op.extremes_group;
   return {token_address(op.key_cache, where.block, head,
                         static_cast<int64_t>(where.offset) * op.group_size),
-          static_cast<char*>(op.absmax) + to * op.item_bytes};
+          static_cast<char*>(op.extremes) + to * op.item_bytes};
 }
 
 // The rows of tokens are contiguous: a thread follows 16 bytes of channels over some of the tokens.
 template <int ItemBytes, int Threads>
 __global__ void __launch_bounds__(Threads) reduce_token_major(ReduceChannels op) {
-  __shared__ uint32_t partial[Threads * kWords];
+  __shared__ uint32_t lows[Threads * kWords], highs[Threads * kWords];
   const ReduceTask task = reduce_task(op, blockIdx.x);
   const int columns = op.head_size * ItemBytes / kReduceBytes, slices = Threads / columns;
   const int column = threadIdx.x % columns, slice = threadIdx.x / columns;
-  uint32_t most[kWords] = {};
+  Extremes<ItemBytes> found[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) found[i].clear();
   if (slice < slices) {
 #pragma unroll 4
     for (int token = slice; token < op.group_size; token += slices) {
-      take_larger<ItemBytes>(most, task.key + token * op.key_cache.token + column * kReduceBytes);
+      take_words<ItemBytes>(found, task.key + token * op.key_cache.token + column * kReduceBytes);
     }
   }
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) partial[threadIdx.x * kWords + i] = most[i];
+  for (int i = 0; i < kWords; ++i) {
+    lows[threadIdx.x * kWords + i] = found[i].low;
+    highs[threadIdx.x * kWords + i] = found[i].high;
+  }
   __syncthreads();
   const int words = columns * kWords;
+  uint32_t* to = reinterpret_cast<uint32_t*>(task.extremes);
   for (int word = threadIdx.x; word < words; word += Threads) {
-    uint32_t result = 0;
-    for (int i = 0; i < slices; ++i) {
-      result = larger_magnitudes<ItemBytes>(result, partial[i * words + word]);
-    }
-    reinterpret_cast<uint32_t*>(task.absmax)[word] = result;
+    Extremes<ItemBytes> all;
+    all.clear();
+    for (int i = 0; i < slices; ++i) all.take(lows[i * words + word], highs[i * words + word]);
+    to[word] = in_order<ItemBytes>(all.low);
+    to[words + word] = in_order<ItemBytes>(all.high);
   }
 }
 
 // The tokens of a channel are contiguous: a few threads read a channel, 16 bytes each.
 template <int ItemBytes, int Threads>
 __global__ void __launch_bounds__(Threads) reduce_channel_major(ReduceChannels op) {
-  __shared__ uint32_t partial[Threads];
+  __shared__ uint32_t lows[Threads], highs[Threads];
   const ReduceTask task = reduce_task(op, blockIdx.x);
   const int columns = op.group_size * ItemBytes / kReduceBytes, channels = Threads / columns;
   const int column = threadIdx.x % columns, slot = threadIdx.x / columns;
   for (int first = 0; first < op.head_size; first += channels) {
     const int channel = first + slot;
-    uint32_t most[kWords] = {};
+    Extremes<ItemBytes> found[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) found[i].clear();
     if (slot < channels && channel < op.head_size) {
-      take_larger<ItemBytes>(most,
-                             task.key + channel * op.key_cache.channel + column * kReduceBytes);
+      take_words<ItemBytes>(found,
+                            task.key + channel * op.key_cache.channel + column * kReduceBytes);
     }
 #pragma unroll
-    for (int i = 1; i < kWords; ++i) most[0] = larger_magnitudes<ItemBytes>(most[0], most[i]);
-    partial[threadIdx.x] = largest_of_word<ItemBytes>(most[0]);
+    for (int i = 1; i < kWords; ++i) found[0].take(found[i].low, found[i].high);
+    lows[threadIdx.x] = found[0].low;
+    highs[threadIdx.x] = found[0].high;
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < smaller(channels, op.head_size - first)) {
-      uint32_t result = 0;
+      Extremes<ItemBytes> all;
+      all.clear();
       for (int i = 0; i < columns; ++i) {
-        result = larger(result, partial[threadIdx.x * columns + i]);
+        all.take(lows[threadIdx.x * columns + i], highs[threadIdx.x * columns + i]);
       }
-      const int to = first + static_cast<int>(threadIdx.x);
-      if constexpr (ItemBytes == 4) reinterpret_cast<uint32_t*>(task.absmax)[to] = result;
-      if constexpr (ItemBytes == 2) {
-        reinterpret_cast<uint16_t*>(task.absmax)[to] = static_cast<uint16_t>(result);
+      all.join_halves();
+      const int at = first + static_cast<int>(threadIdx.x);
+      const uint32_t low = in_order<ItemBytes>(all.low), high = in_order<ItemBytes>(all.high);
+      if constexpr (ItemBytes == 4) {
+        uint32_t* to = reinterpret_cast<uint32_t*>(task.extremes);
+        to[at] = low;
+        to[op.head_size + at] = high;
+      } else {
+        uint16_t* to = reinterpret_cast<uint16_t*>(task.extremes);
+        to[at] = static_cast<uint16_t>(low);
+        to[op.head_size + at] = static_cast<uint16_t>(high);
       }
     }
     __syncthreads();

@@ -1,4 +1,4 @@
-"""Records of completed groups: low-bit codes, or the largest magnitude of each channel."""
+"""Records of completed groups: low-bit codes, or the extremes of each channel."""
 
 import torch
 import triton
@@ -185,7 +185,7 @@ def _quantize_values(
         low = tl.min(tl.where(kept, x, float("inf")), 1)
         high = tl.max(tl.where(kept, x, -float("inf")), 1)
         scales, zeros = _encode(
-            x, low, high, kept, 1, min(GROUP, HEAD_SIZE - part * GROUP), BITS, FIT
+            x, low, high, kept, 1, min(GROUP, HEAD_SIZE - part * GROUP), BITS, FIT and BITS == 1
         )
         packed = tl.where(kept, _round_codes(x, scales[:, None], zeros[:, None], LEVELS), 0)
         packed = tl.sum(tl.reshape(packed, (BLOCK, BYTES, PER_BYTE)) << shifts, 2)
@@ -207,10 +207,10 @@ def _reduce_channels(
     key_head,
     key_token,
     key_channel,
-    absmax,  # [NB, Hk, G, d], K's dtype
-    absmax_block,
-    absmax_head,
-    absmax_group,
+    extremes,  # [NB, Hk, G, 2, d], K's dtype
+    extremes_block,
+    extremes_head,
+    extremes_group,
     PER_BLOCK: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -226,9 +226,9 @@ def _reduce_channels(
     at = key + block * key_block + head * key_head
     at += tokens[:, None] * key_token + channels[None, :] * key_channel
     x = tl.load(at, mask=kept[None, :], other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(x), 0)
-    at = absmax + block * absmax_block + head * absmax_head + group * absmax_group + channels
-    tl.store(at, largest.to(absmax.dtype.element_ty), mask=kept)
+    at = extremes + block * extremes_block + head * extremes_head + group * extremes_group + channels
+    tl.store(at, tl.min(x, 0).to(extremes.dtype.element_ty), mask=kept)
+    tl.store(at + HEAD_SIZE, tl.max(x, 0).to(extremes.dtype.element_ty), mask=kept)
 
 
 def _strides(codes: GroupCodes) -> tuple[torch.Tensor | int, ...]:
@@ -247,7 +247,7 @@ def quantize_groups(
     if not len(groups):
         return
     _, heads, block_size, head_size = key_cache.shape
-    records = derived.absmax if isinstance(derived, ChannelIndex) else derived.key.scale
+    records = derived.extremes if isinstance(derived, ChannelIndex) else derived.key.scale
     per_block = records.shape[2]
     group_size = block_size // per_block
     block = min(_TILE // group_size, triton.next_power_of_2(head_size))
@@ -255,8 +255,8 @@ def quantize_groups(
     shape = {"PER_BLOCK": per_block, "HEAD_SIZE": head_size, "GROUP": group_size}
     key = (key_cache, *key_cache.stride())
     if isinstance(derived, ChannelIndex):
-        strides = derived.absmax.stride()[:3]
-        _reduce_channels[grid](groups, *key, derived.absmax, *strides, **shape, BLOCK=block)
+        strides = derived.extremes.stride()[:3]
+        _reduce_channels[grid](groups, *key, derived.extremes, *strides, **shape, BLOCK=block)
         return
     bits = derived.key.codes.shape[4] * 8 // group_size
     shape |= {"BITS": bits, "FIT": fit}

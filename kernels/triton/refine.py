@@ -84,7 +84,9 @@ def _sample_channels(
     at = at[:, None] + channels[None, :] * key_channel
     k = tl.load(at, mask=there[:, None] & kept[None, :], other=0.0).to(tl.float32)
     q = load_queries(query, row_head * PER_HEAD, PER_HEAD, ROWS, HEAD_SIZE, CHANNELS)
-    weight = tl.max(tl.abs(q.to(tl.float32)), 0) * tl.max(tl.abs(k), 0)
+    low = tl.min(tl.where(there[:, None], k, float("inf")), 0)
+    high = tl.max(tl.where(there[:, None], k, -float("inf")), 0)
+    weight = tl.max(tl.abs(q.to(tl.float32)), 0) * (high - low)
     chosen = largest(weight, kept, COUNT)
     at = selected + row_head * COUNT + tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(at, channels, mask=chosen)

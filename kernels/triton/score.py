@@ -6,7 +6,7 @@ import triton.language as tl
 
 from vllm_tailorkv.kernels.triton.codes import code_numbers, dot_key_codes
 from vllm_tailorkv.kernels.triton.launch import as_words, split_count
-from vllm_tailorkv.kernels.types import ChannelIndex, OnebitIndex, TokenIndex
+from vllm_tailorkv.kernels.types import SPREAD_GROUPS, ChannelIndex, OnebitIndex, TokenIndex
 
 _BLOCK_TOKENS = 128
 _BLOCK_GROUPS = 16
@@ -69,12 +69,12 @@ def _score_codes(
 
 
 @triton.jit
-def _largest_magnitudes(
-    largest,  # float32 [R, Hk, parts, CHANNELS]
-    absmax,  # [NB, Hk, G, d]
-    absmax_block,
-    absmax_head,
-    absmax_group,
+def _find_extremes(
+    found,  # float32 [R, Hk, parts, 2, CHANNELS]
+    extremes,  # [NB, Hk, G, 2, d]
+    extremes_block,
+    extremes_head,
+    extremes_group,
     block_table,  # int32 [R, max_blocks]
     table_row,
     tail_start,  # int32 [R]
@@ -83,30 +83,38 @@ def _largest_magnitudes(
     CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
+    SPREAD_GROUPS: tl.constexpr,
 ):
     """Of each channel over a part of the groups of one row and head; grid (parts, Hk, R)."""
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    last = tl.cdiv(tl.load(tail_start + row), GROUP)
+    count = tl.cdiv(tl.load(tail_start + row), GROUP)
+    stride = tl.cdiv(count, SPREAD_GROUPS)
+    last = tl.cdiv(count, tl.maximum(stride, 1))
     channels = tl.arange(0, CHANNELS)
-    most = tl.zeros([GROUPS, CHANNELS], tl.float32)
+    low = tl.full([GROUPS, CHANNELS], float("inf"), tl.float32)
+    high = tl.full([GROUPS, CHANNELS], -float("inf"), tl.float32)
     step = tl.num_programs(0) * GROUPS
     for start in range(tl.program_id(0) * GROUPS, last, step):
-        index = start + tl.arange(0, GROUPS)
-        there = index < last
+        unit = start + tl.arange(0, GROUPS)
+        there = unit < last
+        index = unit * stride
         at = block_table + row * table_row + index // PER_BLOCK
         block = tl.load(at, mask=there, other=0).to(tl.int64)
-        at = block * absmax_block + head * absmax_head + index % PER_BLOCK * absmax_group
+        at = block * extremes_block + head * extremes_head + index % PER_BLOCK * extremes_group
         mask = there[:, None] & (channels < HEAD_SIZE)[None, :]
-        part = tl.load(absmax + at[:, None] + channels[None, :], mask=mask, other=0.0)
-        most = tl.maximum(most, part.to(tl.float32))
+        at = extremes + at[:, None] + channels[None, :]
+        low = tl.minimum(low, tl.load(at, mask=mask, other=float("inf")).to(tl.float32))
+        at += HEAD_SIZE
+        high = tl.maximum(high, tl.load(at, mask=mask, other=-float("inf")).to(tl.float32))
     at = (row * tl.num_programs(1) + head) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(largest + at * CHANNELS + channels, tl.max(most, 0))
+    tl.store(found + 2 * at * CHANNELS + channels, tl.min(low, 0))
+    tl.store(found + (2 * at + 1) * CHANNELS + channels, tl.max(high, 0))
 
 
 @triton.jit
 def _select_channels(
     selected,  # int32 [R, Hk, COUNT]
-    largest,  # float32 [R, Hk, parts, CHANNELS]
+    found,  # float32 [R, Hk, parts, 2, CHANNELS]
     query,  # float32 [R, Hk, QUERIES, d]
     parts,
     HEAD_SIZE: tl.constexpr,
@@ -118,15 +126,17 @@ def _select_channels(
     at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     channels = tl.arange(0, CHANNELS)
     kept = channels < HEAD_SIZE
-    magnitude = tl.zeros([CHANNELS], tl.float32)
+    low = tl.full([CHANNELS], float("inf"), tl.float32)
+    high = tl.full([CHANNELS], -float("inf"), tl.float32)
     for part in range(parts):
-        row = largest + (at * parts + part) * CHANNELS
-        magnitude = tl.maximum(magnitude, tl.load(row + channels))
+        row = found + 2 * (at * parts + part) * CHANNELS
+        low = tl.minimum(low, tl.load(row + channels))
+        high = tl.maximum(high, tl.load(row + CHANNELS + channels))
     weight = tl.zeros([CHANNELS], tl.float32)
     for i in range(QUERIES):
         row = query + (at * QUERIES + i) * HEAD_SIZE
         weight = tl.maximum(weight, tl.abs(tl.load(row + channels, mask=kept, other=0.0)))
-    weight = tl.where(kept, weight * magnitude, -1.0)
+    weight = tl.where(kept, weight * (high - low), -1.0)
     for i in range(COUNT):
         best = tl.min(tl.where(weight == tl.max(weight, 0), channels, CHANNELS), 0)
         tl.store(selected + at * COUNT + i, best)
@@ -231,27 +241,28 @@ def _score_by_channels(
     critical_channels: int,
 ) -> None:
     rows, heads, queries, head_size = query.shape
-    block_size, per_block = key_cache.shape[2], index.absmax.shape[2]
+    block_size, per_block = key_cache.shape[2], index.extremes.shape[2]
     channels, count = triton.next_power_of_2(head_size), min(critical_channels, head_size)
     most = -(-scores.shape[2] // _BLOCK_TOKENS)
     parts = split_count(query.device, rows * heads, most, 8)
-    largest = scores.new_empty(rows, heads, parts, channels)
+    found = scores.new_empty(rows, heads, parts, 2, channels)
     selected = block_table.new_empty(rows, heads, count)
     where = (block_table, block_table.stride(0), tail_start)
-    _largest_magnitudes[(parts, heads, rows)](
-        largest,
-        index.absmax,
-        *index.absmax.stride()[:3],
+    _find_extremes[(parts, heads, rows)](
+        found,
+        index.extremes,
+        *index.extremes.stride()[:3],
         *where,
         PER_BLOCK=per_block,
         HEAD_SIZE=head_size,
         CHANNELS=channels,
         GROUP=block_size // per_block,
         GROUPS=_BLOCK_GROUPS,
+        SPREAD_GROUPS=SPREAD_GROUPS,
     )
     _select_channels[(heads, rows)](
         selected,
-        largest,
+        found,
         query,
         parts,
         HEAD_SIZE=head_size,

@@ -30,7 +30,7 @@ def test_derived_tier_follows_the_host_tier(tailored: Any) -> None:
 
     for layer in attention_layers(tailored).values():
         derived, host = layer.impl.pages.derived, layer.impl.pages.host
-        records = derived.absmax if isinstance(derived, ChannelIndex) else derived.key.scale
+        records = derived.extremes if isinstance(derived, ChannelIndex) else derived.key.scale
         # A record that was ever written has scales; block 0 is vLLM's null block.
         written = records.ne(0).all(-1).all(1)
         written[0] = False

@@ -79,7 +79,7 @@ def arguments_of(name: str) -> dict[str, object]:
         "reduce_channels": {
             "groups": ints(3, 0, dtype=torch.int64),
             "key_cache": cache,
-            "absmax": torch.zeros(5, 2, 1, 64, dtype=torch.bfloat16),
+            "extremes": torch.zeros(5, 2, 1, 2, 64, dtype=torch.bfloat16),
         },
     }[name]
 
@@ -103,8 +103,8 @@ def unpack_codes(codes, packed, bits):
     codes.copy_(reference.unpack_codes(packed, bits, codes.shape[1]))
 
 
-def reduce_channels(groups, key_cache, absmax):
-    reference.quantize_groups(groups, key_cache, key_cache, ChannelIndex(absmax))
+def reduce_channels(groups, key_cache, extremes):
+    reference.quantize_groups(groups, key_cache, key_cache, ChannelIndex(extremes))
 
 
 @pytest.fixture
@@ -221,10 +221,10 @@ BAD = [
     ("unpack_codes", "codes", strided(3, 100, dtype=torch.uint8), "codes must be contiguous"),
     ("unpack_codes", "bits", 8, "bits must be 1, 2 or 4"),
     ("reduce_channels", "groups", ints(1), "groups must be of the dtype"),
-    ("reduce_channels", "absmax", floats(5, 2, 3, 64), "block_size must be a multiple"),
-    ("reduce_channels", "absmax", floats(5, 2, 4, 64), "group_size must be a multiple of 32"),
-    ("reduce_channels", "absmax", floats(5, 2, 1, 32), "absmax must be .NB, Hk, G, d."),
-    ("reduce_channels", "absmax", floats(5, 2, 1, 64).half(), "absmax must be of the dtype"),
+    ("reduce_channels", "extremes", floats(5, 2, 3, 2, 64), "block_size must be a multiple"),
+    ("reduce_channels", "extremes", floats(5, 2, 4, 2, 64), "group_size must be a multiple of 32"),
+    ("reduce_channels", "extremes", floats(5, 2, 1, 2, 32), "extremes must be .NB, Hk, G, 2, d."),
+    ("reduce_channels", "extremes", floats(5, 2, 1, 2, 64).half(), "extremes must be of the dtype"),
     (
         "reduce_channels",
         "key_cache",

@@ -30,9 +30,10 @@ def weights_of(context, query, candidates, channels, scale, softcap) -> torch.Te
             blocks = context.block_table[row, chosen // block_size].long()
             key = key_cache[blocks, head, chosen % block_size].double()
             samples = min(16, len(chosen))
-            spread = [key[i * len(chosen) // samples].abs() for i in range(samples)]
-            if spread:
-                worth = torch.stack(spread).amax(0) * grouped[head].abs().amax(0)
+            sample = [key[i * len(chosen) // samples] for i in range(samples)]
+            if sample:
+                low, high = torch.stack(sample).aminmax(dim=0)
+                worth = (high - low) * grouped[head].abs().amax(0)
                 key[:, worth.argsort(descending=True, stable=True)[channels:]] = 0
             scores = grouped[head] @ key.T * scale
             if softcap:

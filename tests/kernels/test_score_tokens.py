@@ -104,11 +104,48 @@ def test_split_over_threads(cpu, build_context, error_of, threads, kind, count):
 
 def test_ties_between_channels(fast, build_context, error_of):
     context = build_context([256], kind=DerivedKind.CHANNELS, dtype=torch.float32)
-    context.cache.derived.absmax.fill_(1.0)
+    context.cache.derived.extremes[..., 0, :] = -1.0
+    context.cache.derived.extremes[..., 1, :] = 1.0
     arguments = (context, torch.ones(1, 2, 1, 64), context.complete, 8, 256, 3)
     expected = run(reference.score_tokens, *arguments)
     actual = run(fast.score_tokens, *arguments)
     assert error_of(actual[..., 8:], expected[..., 8:]) < 1e-5
+
+
+def test_constant_channels_tell_nothing(fast, build_context, error_of):
+    context = build_context([500], kind=DerivedKind.CHANNELS, dtype=torch.float32)
+    key = context.cache.host.key
+    key[..., 11] = 100.0
+    groups = torch.arange(len(key) * context.cache.layout.groups_per_block)
+    reference.quantize_groups(groups, key, context.cache.host.value, context.cache.derived)
+    # All but one channel of the query are alike, so that the spread of K alone decides.
+    query = torch.ones(1, 2, 1, 64)
+    arguments = (context, query, context.complete, 8, 448, 63)
+    scores = run(fast.score_tokens, *arguments)
+    assert error_of(scores[..., 8:], run(reference.score_tokens, *arguments)[..., 8:]) < 1e-5
+    # The constant channel is the one left out: with it scores would be near 100.
+    assert scores[..., 8:].abs().amax() < 60
+
+
+def test_spread_is_sampled(fast, build_context, error_of):
+    """Of more than 256 groups every second one tells the spread."""
+    length = 32 * 300
+    context = build_context([length], kind=DerivedKind.CHANNELS, heads=1, group_size=32,
+                            dtype=torch.float32)
+    extremes = context.cache.derived.extremes
+    extremes[..., 0, :] = 0.0
+    extremes[..., 1, :] = torch.arange(64.0)
+    per_block = context.cache.layout.groups_per_block
+    for group in range(1, 300, 2):
+        block = int(context.block_table[0, group // per_block])
+        extremes[block, :, group % per_block, 1] = torch.arange(64.0).flip(0) * 1000
+    arguments = (context, torch.ones(1, 1, 1, 64), context.complete, 8, length, 2)
+    actual = run(fast.score_tokens, *arguments)[..., 8:]
+    assert error_of(actual, run(reference.score_tokens, *arguments)[..., 8:]) < 1e-5
+    key = context.cache.host.key
+    blocks = context.block_table[0, : -(-length // key.shape[2])].long()
+    rows = key[blocks, 0].flatten(0, 1)[8:length]
+    assert error_of(actual[0, 0], rows[:, 62:].sum(1)) < 1e-5
 
 
 def test_reference_with_all_channels_is_exact(build_context, error_of):

@@ -50,7 +50,7 @@ class Device:
         return cuda.unpack_codes(copy_of(packed), bits, length).cpu()
 
     def reduce_channels(self, groups, key_cache, index):
-        absmax = copy_of(index.absmax)
+        extremes = copy_of(index.extremes)
         pages = copy_of(key_cache, pinned=True)
-        cuda.reduce_channels(copy_of(groups), pages, ChannelIndex(absmax))
-        copy_back(index.absmax, absmax)
+        cuda.reduce_channels(copy_of(groups), pages, ChannelIndex(extremes))
+        copy_back(index.extremes, extremes)

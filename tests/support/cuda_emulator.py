@@ -72,10 +72,10 @@ class ReduceChannels(ctypes.Structure):
         ("num_groups", i64),
         ("groups", pointer),
         ("key_cache", Pages),
-        ("absmax", pointer),
-        ("absmax_block", i64),
-        ("absmax_head", i64),
-        ("absmax_group", i64),
+        ("extremes", pointer),
+        ("extremes_block", i64),
+        ("extremes_head", i64),
+        ("extremes_group", i64),
     )
 
 
@@ -194,17 +194,17 @@ class Emulated:
         return codes
 
     def reduce_channels(self, groups, key_cache, index):
-        absmax = index.absmax
+        extremes = index.extremes
         _, heads, block_size, head_size = key_cache.shape
-        per_block = absmax.shape[2]
+        per_block = extremes.shape[2]
         at_end = self.calls % 2 == 0
         with (
             guarded(groups, at_end) as items,
             guarded(key_cache, at_end) as key,
-            guarded(absmax, at_end, is_output=True) as to,
+            guarded(extremes, at_end, is_output=True) as to,
         ):
             shape = (key_cache.itemsize, heads, head_size, block_size // per_block, per_block)
             op = ReduceChannels(
-                *shape, len(groups), items, pages(key, key_cache), to, *absmax.stride()[:3]
+                *shape, len(groups), items, pages(key, key_cache), to, *extremes.stride()[:3]
             )
             self._run("reduce_channels", op)

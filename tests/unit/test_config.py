@@ -20,7 +20,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 DEFAULTS = {
     "preset": "default",
-    "rerank_factor": 4,
+    "rerank_factor": 2,
     "profile": None,
     "bits": 2,
     "group_size": 64,
@@ -28,9 +28,9 @@ DEFAULTS = {
     "residual_tokens": 128,
     "sink_tokens": 8,
     "recent_tokens": 56,
-    "topk_tokens": 128,
+    "topk_tokens": 448,
     "critical_channels": 8,
-    "index": "channels",
+    "index": "onebit",
     "query_reduce": "mean",
     "full_attention_below": 2048,
     "placement": "auto",
@@ -87,6 +87,32 @@ def test_what_is_given_goes_before_the_preset() -> None:
     assert load_config({"preset": "paper", "critical_channels": 12}).critical_channels == 12
     with pytest.raises(TailorKVError, match="preset"):
         load_config({"preset": "best"})
+    with pytest.raises(TailorKVError, match="preset"):
+        load_config({"preset": ["fast"]})
+
+
+@pytest.mark.parametrize(
+    ("preset", "budget", "candidates"),
+    [
+        ("default", 512, 896),
+        ("fast", 192, 512),
+        ("accurate", 1024, 1920),
+        ("paper", 192, 128),
+        ("paper-long", 1024, 960),
+    ],
+)
+def test_presets(preset: str, budget: int, candidates: int) -> None:
+    config = load_config({"preset": preset})
+    assert config.budget_tokens == budget
+    assert config.topk_tokens * config.rerank_factor == candidates
+    assert config.fit_codes == (not preset.startswith("paper"))
+
+
+def test_critical_channels_go_with_their_index() -> None:
+    assert load_config({"preset": "paper-long"}).critical_channels == 12
+    assert load_config({"preset": "paper-long", "index": "onebit"}).index == "onebit"
+    with pytest.raises(TailorKVError, match="critical_channels needs"):
+        load_config({"critical_channels": 12})
 
 
 def test_inline_profile() -> None:
@@ -225,10 +251,10 @@ def test_frozen() -> None:
 @pytest.mark.parametrize(
     ("options", "budget", "exact"),
     [
-        ({}, 192, 2048),
+        ({}, 512, 2048),
         ({"preset": "paper"}, 192, 192),
-        ({"full_attention_below": 191}, 192, 192),
-        ({"full_attention_below": 4096}, 192, 4096),
+        ({"full_attention_below": 511}, 512, 512),
+        ({"full_attention_below": 4096}, 512, 4096),
         ({"topk_tokens": 4096}, 4160, 4160),
         (
             {

@@ -39,7 +39,7 @@ def test_fields(kind: DerivedKind) -> None:
             "value_zero",
         ],
         DerivedKind.ONEBIT: ["key_codes", "key_scale", "key_zero"],
-        DerivedKind.CHANNELS: ["key_absmax"],
+        DerivedKind.CHANNELS: ["key_extremes"],
     }
     for layout in (case for case in CASES if case.kind is kind):
         assert list(layout.fields) == names[kind]

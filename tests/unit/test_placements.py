@@ -104,8 +104,8 @@ def test_shapes(kind: DerivedKind, split: bool, dtype: torch.dtype) -> None:
     for tensor in leaves(derived):
         assert tensor.shape[:3] == (BLOCKS, HEADS, groups)
     if isinstance(derived, ChannelIndex):
-        assert derived.absmax.shape[3:] == (HEAD_SIZE,)
-        assert derived.absmax.dtype == dtype
+        assert derived.extremes.shape[3:] == (2, HEAD_SIZE)
+        assert derived.extremes.dtype == dtype
     else:
         bits = 2 if kind is DerivedKind.DENSE else 1
         assert derived.key.codes.shape[3:] == (HEAD_SIZE, GROUP_SIZE * bits // 8)

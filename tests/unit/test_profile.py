@@ -22,6 +22,10 @@ PUBLISHED: list[tuple[str, str, tuple[int, int, int], tuple[int, ...]]] = [
     ("01-ai/Yi-6B-200K", "LlamaForCausalLM", (32, 4, 128), (0, 1)),
     ("01-ai/Yi-9B-200K", "LlamaForCausalLM", (48, 4, 128), (0, 1)),
 ]
+MEASURED: list[tuple[str, str, tuple[int, int, int], tuple[int, ...]]] = [
+    ("HuggingFaceTB/SmolLM2-135M-Instruct", "LlamaForCausalLM", (30, 3, 64), (0,)),
+    ("Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen2ForCausalLM", (24, 2, 64), (22, 23)),
+]
 SHAPE = ModelShape("some/model", "LlamaForCausalLM", 32, 8, 128)
 
 
@@ -44,8 +48,8 @@ def written(path: Path, **changes: Any) -> str:
 
 
 @pytest.mark.parametrize("suffix", ["", "-AWQ", "-AWQ-INT4", "/"])
-@pytest.mark.parametrize(("name", "architecture", "sizes", "dense"), PUBLISHED)
-def test_published(
+@pytest.mark.parametrize(("name", "architecture", "sizes", "dense"), PUBLISHED + MEASURED)
+def test_known(
     name: str,
     architecture: str,
     sizes: tuple[int, int, int],
@@ -55,15 +59,16 @@ def test_published(
     plan = layer_plan(None, ModelShape(name + suffix, architecture, *sizes))
     assert plan.dense == dense
     assert not plan.is_fallback
-    assert plan.source.startswith("published for ")
-    assert plan.sparse == tuple(range(len(dense), sizes[0]))
+    published = (name, architecture, sizes, dense) in PUBLISHED
+    assert plan.source.startswith("published for " if published else "measured for ")
+    assert plan.sparse == tuple(i for i in range(sizes[0]) if i not in dense)
     assert [plan.is_dense(i) for i in range(3)] == [i in dense for i in range(3)]
 
 
-def test_every_published_profile_is_tested() -> None:
+def test_every_known_profile_is_tested() -> None:
     data = files("vllm_tailorkv") / "data" / "profiles.json"
     profiles = json.loads(data.read_text())["profiles"]
-    tested = {name.rpartition("/")[2].lower() for name, *_ in PUBLISHED}
+    tested = {name.rpartition("/")[2].lower() for name, *_ in PUBLISHED + MEASURED}
     assert {alias for entry in profiles for alias in entry["names"]} == tested
 
 
@@ -86,14 +91,13 @@ def test_published_name_with_another_shape(architecture: str, sizes: tuple[int, 
     name = "meta-llama/Llama-3.1-8B-Instruct"
     plan = layer_plan(None, ModelShape(name, architecture, *sizes))
     assert plan.is_fallback
-    assert plan.dense == (0, 1)
+    assert plan.dense == ()
 
 
-@pytest.mark.parametrize(("layers", "dense"), [(1, (0,)), (2, (0, 1)), (3, (0, 1))])
-def test_fallback(layers: int, dense: tuple[int, ...]) -> None:
-    plan = layer_plan(None, ModelShape("some/model", "LlamaForCausalLM", layers, 8, 128))
-    assert plan == LayerPlan(dense, layers, "fallback", is_fallback=True)
-    assert plan.sparse == tuple(range(len(dense), layers))
+def test_nothing_is_guessed() -> None:
+    plan = layer_plan(None, ModelShape("some/model", "LlamaForCausalLM", 3, 8, 128))
+    assert plan == LayerPlan((), 3, "no profile", is_fallback=True)
+    assert plan.sparse == (0, 1, 2)
 
 
 def test_path(tmp_path: Path) -> None:

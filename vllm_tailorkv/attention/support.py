@@ -108,9 +108,9 @@ def check_engine(vllm_config: VllmConfig) -> None:
     plan = settings.plan
     if plan.is_fallback:
         logger.warning_once(
-            "TailorKV: no profile is known for %s, so layers %s are dense and the others sparse. "
-            'Name the dense layers with --additional-config \'{"tailorkv": {"profile": '
-            '{"dense_layers": [...]}}}\', or put a profile tailorkv.json beside the model.',
+            "TailorKV: no profile is known for %s, so all its layers are sparse. Where some "
+            "spread their attention over very many tokens, a profile keeps more of it: "
+            "vllm-tailorkv identify %s",
             vllm_config.model_config.model,
-            str(list(plan.dense)),
+            vllm_config.model_config.model,
         )

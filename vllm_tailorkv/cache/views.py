@@ -81,7 +81,7 @@ def derived_pages(pages: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -
         )
 
     if layout.kind is DerivedKind.CHANNELS:
-        return ChannelIndex(field("key_absmax", dtype))
+        return ChannelIndex(field("key_extremes", dtype))
     if layout.kind is DerivedKind.ONEBIT:
         return OnebitIndex(codes("key"))
     return DenseCodes(codes("key"), codes("value"))
