@@ -4,33 +4,41 @@
     python benchmarks/accuracy.py --lengths 16384 --methods full tailorkv paper oracle quest
     python benchmarks/accuracy.py --model PATH --tasks multikey_2,copy --lengths 4096,16384 \\
         --methods full 'tailorkv:index=onebit,budget=1024' --json out.json --plot out.png
+    python benchmarks/accuracy.py --model smollm2-135m --tasks ruler --lengths 4096 \\
+        --text prose,code --text-steps 2000 --json out.json --hours 2
 
 A question, like everything after the context, is read by decode steps, so the method at hand
-serves it. `--answers written` lets the model write the answers; `given` forces the right ones and
+serves it. Models with a chat template are asked in it, by RULER's definitions; others go on with
+the text. `--answers written` lets the model write the answers; `given` forces the right ones and
 counts the tokens that it would have written, for models too small to finish a list. Every context
 is read once an engine (prefix caching); methods that differ in nothing that lies in the cache
-share one. Method names and options: `--list`.
+share one. With `--json`, results are written as they come, and the same command goes on where it
+was stopped. Method names and options: `--list`.
 """
 
 import argparse
+import json
 import os
+import shutil
 import sys
-import time
-from collections.abc import Callable
-from itertools import groupby
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Read when vLLM and OpenMP are loaded. Spinning threads would keep others from the cores.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from accuracy.attention_level import observed
-from accuracy.engine import start
-from accuracy.evaluate import ANSWERS, WRITTEN, Cell, make_cell, run_cell
-from accuracy.methods import FULL, METHODS, Method, parse_method, selectors_of
+from accuracy.deadline import Deadline
+from accuracy.evaluate import ANSWERS, WRITTEN, make_cell
+from accuracy.methods import FULL, METHODS, parse_method
+from accuracy.prompts import form_of
 from accuracy.report import Report, write_json
-from accuracy.tasks import TASKS
-from accuracy.text_quality import held_out, likelihood
+from accuracy.runner import OutOfTime, Run, Text
+from accuracy.tasks import RULER, TASKS
+from accuracy.text_quality import KINDS, PROSE, held_out, references
 from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoConfig, AutoTokenizer
@@ -45,7 +53,11 @@ QUICK = {
     "answers": list(ANSWERS),
 }
 _STANDARD = [FULL, "tailorkv", "paper", "oracle", "quest", "streaming_llm", "snapkv"]
-_TEXT_STRETCH = 32
+_ALL, _RULER, _NONE = "all", "ruler", "none"
+_COUNTS_FROM_CHAT, _COUNTS_FROM = 0.7, 0.9
+_SPARE_CHAT, _SPARE = 512, 1024
+# What does not change a result, so that a run with another value may go on from its file.
+_LEFT_OUT = {"json", "plot", "list", "model", "hours"}
 
 
 def main() -> None:
@@ -54,109 +66,190 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 200)
     if args.list:
         console.print(f"methods: {', '.join(METHODS)}\ntasks:   {', '.join(TASKS)}")
+        console.print(f"         {_RULER}: {', '.join(RULER)}")
         return
-    num_layers = AutoConfig.from_pretrained(args.model).get_text_config().num_hidden_layers
     try:
-        methods = [parse_method(text, num_layers) for text in args.methods]
-        unknown = sorted(set(args.tasks) - set(TASKS))
-        if unknown:
-            raise ValueError(f"unknown tasks {', '.join(unknown)}; there are {', '.join(TASKS)}")
-        if args.skip_unsolved and FULL not in args.methods:
-            raise ValueError("--skip-unsolved needs the method full")
-    except ValueError as error:
+        with _reference_folder(args.json) as folder:
+            _run(args, console, folder)
+    except (ValueError, OSError) as error:
         raise SystemExit(f"accuracy.py: {error}") from None
-    encoder = AutoTokenizer.from_pretrained(args.model).backend_tokenizer
+
+
+def _run(args: argparse.Namespace, console: Console, folder: Path) -> None:
+    model = _model_folder(args.model)
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    form = form_of(tokenizer, model)
+    if args.counts_from is None:
+        args.counts_from = _COUNTS_FROM_CHAT if form.chat else _COUNTS_FROM
+    if args.spare_tokens is None:
+        args.spare_tokens = _SPARE_CHAT if form.chat else _SPARE
+    methods = [parse_method(text, config.num_hidden_layers) for text in args.methods]
+    _check(args, config.max_position_embeddings)
+    arguments = {k: str(v) for k, v in vars(args).items() if k not in _LEFT_OUT}
+    report = Report(arguments | {"model": model.name}, methods, args.counts_from)
+    if args.json and args.json.exists():
+        _resume(report, args.json)
+        console.print(f"goes on from {args.json}")
+    encoder = tokenizer.backend_tokenizer
     cells = [
-        make_cell(encoder, task, length, args.samples, args.turns, args.seed, answers)
+        make_cell(encoder, task, length, args.samples, args.turns, args.seed, answers, form)
         for length in args.lengths
         for task in args.tasks
         for answers in args.answers
     ]
-    left_out = {"json", "plot", "list", "model"}
-    arguments = {k: str(v) for k, v in vars(args).items() if k not in left_out}
-    report = Report(arguments | {"model": args.model.name}, methods)
-    texts = [held_out(encoder, max(args.lengths), args.seed + i) for i in range(args.samples)]
-    console.print(f"model {args.model}: {num_layers} layers, {len(methods)} methods")
-
-    def engine_of(method: Method) -> tuple[bool, str]:
-        # Full attention comes first: it tells which tasks count.
-        return method.options is not None, str(method.engine_options)
+    texts = []
+    for kind in args.text:
+        seeds = range(args.seed, args.seed + (args.text_samples or args.samples))
+        ids = [held_out(encoder, max(args.lengths), seed, kind) for seed in seeds]
+        texts.append(Text(kind, ids, references(folder, kind, ids, args.text_steps)))
+    asked = "as a chat" if form.chat else "as a text to be gone on with"
+    console.print(f"model {model}: {config.num_hidden_layers} layers, asked {asked}")
 
     with Progress(console=console) as progress:
-        total = len(methods) * len(cells)
-        bar = progress.add_task("tasks", total=total)
-        for _, served in groupby(sorted(methods, key=engine_of), engine_of):
-            _run_engine(list(served), cells, texts, args, report, lambda: progress.advance(bar))
+        bar = progress.add_task("", total=None)
+
+        def show(what: str | None) -> None:
+            if what is None:
+                progress.advance(bar)
+            else:
+                progress.update(bar, description=what)
+
+        run = Run(
+            report,
+            cells,
+            texts,
+            model,
+            max(args.lengths) + args.spare_tokens,
+            args.kv_cache_gib,
+            args.skip_unsolved,
+            Deadline(args.hours),
+            saved=lambda: write_json(report, args.json) if args.json else None,
+            shown=show,
+        )
+        progress.update(bar, total=run.pieces)
+        stopped = None
+        try:
+            run.run()
+        except OutOfTime:
+            stopped = f"stopped: the next piece would end after {args.hours:g} hours"
+        except KeyboardInterrupt:
+            stopped = "interrupted"
     report.print(console)
-    if args.json:
-        write_json(report, args.json)
+    if args.json and args.json.exists():
         console.print(f"written: {args.json}")
     if args.plot:
         report.plot(args.plot)
         console.print(f"drawn: {args.plot}")
+    if stopped is not None:
+        again = "the same command goes on" if args.json else "with --json it could go on"
+        console.print(f"{stopped}; {again}")
+    if stopped == "interrupted":
+        raise SystemExit(130)
+    if report.finished:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_engine(
-    methods: list[Method],
-    cells: list[Cell],
-    texts: list[list[int]],
-    args: argparse.Namespace,
-    report: Report,
-    advance: Callable[[], None],
-) -> None:
-    """All cells with methods that share an engine: a context is read once, then asked by each."""
-    longest = max(args.lengths) + args.spare_tokens
-    options = methods[0].engine_options
-    with start(str(args.model), longest, args.kv_cache_gib, options) as engine:
-        tokenizer = engine.llm.get_tokenizer()
-        selectors = {method.name: selectors_of(method, engine) for method in methods}
-        for cell in cells:
-            if args.skip_unsolved and methods[0].name != FULL and not report.counts(cell):
-                for _ in methods:
-                    advance()
-                continue
-            for method in methods:
-                if method.options is not None:
-                    engine.configure(method.options, selectors[method.name])
-                started = time.monotonic()
-                report.scores.append(run_cell(engine, method, cell, tokenizer.decode))
-                spent = report.seconds.get(method.name, 0.0)
-                report.seconds[method.name] = spent + time.monotonic() - started
-                advance()
-        for method in methods:
-            if method.options is not None:
-                engine.configure(method.options, selectors[method.name])
-                report.bytes_per_token[method.name] = engine.bytes_per_token()
-            with observed(engine, method.name) as layers:
-                report.likelihoods.append(
-                    likelihood(engine, method.name, texts, args.text_steps, _TEXT_STRETCH)
-                )
-            report.layers += layers
+def _check(args: argparse.Namespace, max_positions: int) -> None:
+    """Raises ValueError where arguments do not go together."""
+    unknown = sorted(set(args.tasks) - set(TASKS))
+    if unknown:
+        raise ValueError(f"unknown tasks {', '.join(unknown)}; there are {', '.join(TASKS)}")
+    unknown = sorted(set(args.text) - set(KINDS))
+    if unknown:
+        raise ValueError(f"unknown text {', '.join(unknown)}; there are {', '.join(KINDS)}")
+    if args.skip_unsolved and FULL not in args.methods:
+        raise ValueError("--skip-unsolved needs the method full")
+    most = max(args.lengths)
+    if most + args.spare_tokens > max_positions:
+        raise ValueError(
+            f"{most} tokens and {args.spare_tokens} to spare are more than the model's "
+            f"{max_positions}; take --lengths up to {max_positions - args.spare_tokens}"
+        )
+    if args.text and args.text_steps + 2 > most:
+        raise ValueError(f"--text-steps {args.text_steps} needs --lengths of more than that")
+
+
+def _resume(report: Report, path: Path) -> None:
+    """Raises ValueError if the file is of another run."""
+    try:
+        written: dict[str, Any] = json.loads(path.read_text())
+        report.resume(written)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error if isinstance(error, ValueError) else "it is of another form"
+        raise ValueError(
+            f"cannot go on from {path}: {reason}; name another file with --json, or remove it"
+        ) from None
+
+
+@contextmanager
+def _reference_folder(path: Path | None) -> Iterator[Path]:
+    """Where full attention's log-probabilities are kept: beside the JSON, or for this run only."""
+    if path is not None:
+        yield path.with_name(path.name + ".reference")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _model_folder(name: str) -> Path:
+    """A checkpoint's folder, or one of the names of `benchmarks/models.py`."""
+    if Path(name).is_dir():
+        return Path(name)
+    from models import resolve  # noqa: PLC0415
+
+    folder: Path = resolve(name)
+    return folder
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=RETRIEVER, help="default: the retriever")
+    parser.add_argument(
+        "--model",
+        default=str(RETRIEVER),
+        help="folder of a checkpoint, or a name that benchmarks/models.py knows; default: the "
+        "retriever",
+    )
     parser.add_argument("--methods", nargs="+", default=_STANDARD, metavar="METHOD")
-    parser.add_argument("--tasks", type=_names, default=list(TASKS), help="default: all")
+    parser.add_argument(
+        "--tasks",
+        type=_tasks,
+        default=list(TASKS),
+        help=f"default: {_ALL}; {_RULER}: its eleven; {_NONE}",
+    )
     parser.add_argument("--lengths", type=_numbers, default=[16384], help="tokens of a context")
     parser.add_argument(
         "--answers", nargs="+", choices=ANSWERS, default=[WRITTEN], help="who writes the answers"
     )
     parser.add_argument(
+        "--counts-from",
+        type=float,
+        help="a task counts where full attention reaches this; default: "
+        f"{_COUNTS_FROM_CHAT} for chat models, {_COUNTS_FROM} for others",
+    )
+    parser.add_argument(
         "--skip-unsolved",
         action="store_true",
-        help="run other methods only where full attention reaches 90%%; `full` must be a method",
+        help="run other methods only on tasks that count; `full` must be a method",
     )
     parser.add_argument("--samples", type=int, default=2, help="contexts a task and length")
-    parser.add_argument("--turns", type=int, default=4, help="questions a context")
+    parser.add_argument("--turns", type=int, default=4, help="questions a context, at the most")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--text", type=_texts, default=[PROSE], help=f"held-out text: {','.join(KINDS)}, or {_NONE}"
+    )
     parser.add_argument("--text-steps", type=int, default=256, help="decode steps of held-out text")
-    parser.add_argument("--spare-tokens", type=int, default=1024, help="room after a context")
+    parser.add_argument("--text-samples", type=int, help="texts of a kind; default: --samples")
+    parser.add_argument(
+        "--spare-tokens",
+        type=int,
+        help=f"room after a context; default: {_SPARE_CHAT} for chat models, {_SPARE} for others",
+    )
     parser.add_argument("--kv-cache-gib", type=float, default=2.0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--hours", type=float, help="stop in time; what is there is kept")
+    parser.add_argument("--json", type=Path, help="results, as they come; goes on from what it has")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--quick", action="store_true", help="small: a few minutes on two cores")
     parser.add_argument("--list", action="store_true", help="names of methods and tasks")
@@ -166,8 +259,13 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _names(text: str) -> list[str]:
-    return text.split(",")
+def _tasks(text: str) -> list[str]:
+    groups = {_ALL: list(TASKS), _RULER: list(RULER), _NONE: []}
+    return [task for name in text.split(",") for task in groups.get(name, [name])]
+
+
+def _texts(text: str) -> list[str]:
+    return [] if text == _NONE else text.split(",")
 
 
 def _numbers(text: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +12,16 @@ from vllm import LLM, SamplingParams
 from vllm.outputs import CompletionOutput
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
+from accuracy.scripts import FREE, Script
 from vllm_tailorkv.attention.impl import TailorKVImpl
 from vllm_tailorkv.attention.metadata import TailorKVMetadataBuilder
 from vllm_tailorkv.attention.selection import Selector, retrieve
 from vllm_tailorkv.config import load_config
 from vllm_tailorkv.kernels.types import DenseCodes
 
-FREE = -1
-"""In a script: the model chooses the token."""
+Watch = Callable[[int, torch.Tensor], None]
+"""Sees what the model thinks at a place of a script: the place, and float32 logits [V]."""
+_watches: dict[str, Watch] = {}
 
 
 class ScriptedTokens(AdapterLogitsProcessor):
@@ -33,13 +35,22 @@ class ScriptedTokens(AdapterLogitsProcessor):
         return False
 
     def new_req_logits_processor(self, params: SamplingParams) -> Any:
-        """The script is `extra_args["script"]`, a token or `FREE` for each output."""
-        script = (params.extra_args or {}).get("script")
-        if script is None:
+        """See `Engine.decode` for what `extra_args` hold."""
+        extra = params.extra_args or {}
+        if "script" not in extra:
             return None
+        script = Script(extra["script"], frozenset(extra["ends"]))
+        watch = _watches.get(extra["watch"])
+        followed = 0
 
         def follow(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-            token = script[len(output_ids)] if len(output_ids) < len(script) else FREE
+            nonlocal followed
+            for token in output_ids[followed:]:
+                script.advance(token)
+            followed = len(output_ids)
+            if watch is not None:
+                watch(followed, logits)
+            token = extra["stop"] if script.over else script.wanted
             if token == FREE:
                 return logits
             forced = torch.full_like(logits, float("-inf"))
@@ -99,9 +110,25 @@ class Engine:
             impl.selector = selector
 
     def decode(
-        self, context: list[int], scripts: Sequence[list[int]], *, logprobs: bool = False
+        self,
+        context: list[int],
+        scripts: Sequence[list[int]],
+        *,
+        logprobs: bool = False,
+        ends: frozenset[int] = frozenset(),
+        watches: Sequence[Watch] = (),
     ) -> list[Decoded]:
-        """Follow each of `scripts` after `context`, all in one batch."""
+        """Follow each of `scripts` after `context`, all in one batch.
+
+        Args:
+            ends: tokens that end a free run, see `Script`. A request stops where its script does.
+            watches: one a script, or none.
+        """
+        vocab_size = self.runner.model_config.get_vocab_size()
+        # vLLM would stop at an end that is given; so a token stops that is in no script.
+        stops = [next(i for i in range(vocab_size - 1, -1, -1) if i not in s) for s in scripts]
+        names = [str(place) for place, _ in enumerate(watches)] or [""] * len(scripts)
+        _watches.update(zip(names, watches, strict=False))
         outputs = self.llm.generate(
             [{"prompt_token_ids": context} for _ in scripts],
             [
@@ -109,14 +136,21 @@ class Engine:
                     temperature=0,
                     max_tokens=len(script),
                     ignore_eos=True,
+                    stop_token_ids=[stop] if ends else None,
                     detokenize=False,
                     logprobs=1 if logprobs else None,
-                    extra_args={"script": script},
+                    extra_args={
+                        "script": script,
+                        "ends": sorted(ends),
+                        "stop": stop,
+                        "watch": name,
+                    },
                 )
-                for script in scripts
+                for script, stop, name in zip(scripts, stops, names, strict=True)
             ],
             use_tqdm=False,
         )
+        _watches.clear()
         return [_decoded(output.outputs[0]) for output in outputs]
 
     @property

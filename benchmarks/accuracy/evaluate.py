@@ -3,18 +3,18 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from tokenizers import Tokenizer
 
 from accuracy import text
 from accuracy.answers import acceptable
-from accuracy.engine import FREE, Decoded, Engine
+from accuracy.engine import Decoded, Engine
+from accuracy.fitting import adds_up, fitted
 from accuracy.methods import Method
+from accuracy.prompts import COMPLETION, Form
+from accuracy.scripts import FREE, free_runs
 from accuracy.tasks import TASKS, Example, Source
-
-_SPARE_TOKENS = 4
-"""Tokens that an answer may be longer than the right one."""
-
 
 WRITTEN, GIVEN = "written", "given"
 ANSWERS = (WRITTEN, GIVEN)
@@ -29,24 +29,30 @@ which look-ups a method served.
 
 @dataclass(frozen=True)
 class Cell:
-    """One task at one length: examples as tokens, made once for all methods."""
+    """One task at one length: examples as tokens, made once for all methods.
+
+    ends: tokens that end an answer.
+    """
 
     task: str
     length: int
     answers: str
     contexts: tuple["Tokens", ...]
+    ends: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class Tokens:
     """An example as tokens: a script for each request.
 
+    size: tokens of the context and, of all requests, the longest question with its answer.
     question_tokens: of the (first) question of each script.
     asked: for each turn, the right tokens by their place in the scripts, one after the other, where
         references stand.
     """
 
     example: Example
+    size: int
     context: list[int]
     scripts: tuple[list[int], ...]
     question_tokens: tuple[int, ...]
@@ -77,37 +83,55 @@ def make_cell(
     turns: int,
     seed: int,
     answers: str,
+    form: Form = COMPLETION,
 ) -> Cell:
-    """`samples` contexts of `length` tokens with `turns` questions each."""
-    contexts = []
-    for sample in range(samples):
+    """`samples` contexts of `length` tokens with `turns` questions each.
+
+    Raises:
+        ValueError: the task does not fit into `length` tokens.
+    """
+    exact = not form.chat and adds_up(encoder)
+    lengths: dict[str, int] = {}
+
+    def count(piece: str) -> int:
+        if piece not in lengths:
+            lengths[piece] = len(_encode(encoder, piece))
+        return lengths[piece]
+
+    def make(sample: int, asked: int) -> Tokens:
         rng = random.Random(f"{seed} {task} {length} {sample}")
-        source = Source(
-            rng,
-            text.lines(text.EVALUATION_PACKAGES, rng),
-            lambda piece: len(_encode(encoder, piece)),
-        )
-        example = TASKS[task].make(source, length, turns)
-        contexts.append(_tokens(encoder, task, example, answers))
-    return Cell(task, length, answers, tuple(contexts))
+        source = Source(rng, text.lines(text.EVALUATION_PACKAGES, rng), count, form.chat)
+        return _tokens(encoder, task, TASKS[task].make(source, asked, turns), answers, form)
+
+    contexts = tuple(
+        make(sample, length) if exact else fitted(partial(make, sample), length)
+        for sample in range(samples)
+    )
+    return Cell(task, length, answers, contexts, form.ends)
 
 
-def _tokens(encoder: Tokenizer, task: str, example: Example, answers: str) -> Tokens:
+def _tokens(encoder: Tokenizer, task: str, example: Example, answers: str, form: Form) -> Tokens:
     """Questions as forced tokens, answers as free or forced ones; one conversation, or one each."""
-    parts, lengths, asked, begin = [], [], [], 0
-    for turn in example.turns:
-        question = _encode(encoder, turn.question)
+    conversation = TASKS[task].conversation
+    prompt = form.prompt(example, conversation)
+    parts, sizes, lengths, asked, begin = [], [], [], [], 0
+    for turn, written in zip(example.turns, prompt.questions, strict=True):
+        question, begun = _encode(encoder, written), _encode(encoder, turn.begun)
         answer = encoder.encode(turn.answer, add_special_tokens=False)
-        begin += len(question)
+        begin += len(question) + len(begun)
         lengths.append(len(question))
         asked.append({begin + i: right for i, right in acceptable(turn, answer).items()})
-        free = [FREE] * (len(answer.ids) + _SPARE_TOKENS)
-        parts.append(question + (free if answers == WRITTEN else answer.ids))
-        begin += len(parts[-1]) - len(question)
-    if TASKS[task].conversation:
+        free = [FREE] * (len(answer.ids) + form.room)
+        part = free if answers == WRITTEN else answer.ids
+        parts.append(question + begun + part)
+        sizes.append(len(question) + len(begun) + len(answer.ids))
+        begin += len(part)
+    if conversation:
         parts, lengths = [[token for part in parts for token in part]], lengths[:1]
-    context = _encode(encoder, example.context)
-    return Tokens(example, context, tuple(parts), tuple(lengths), tuple(asked))
+        sizes = [sum(sizes)]
+    context = _encode(encoder, prompt.context)
+    size = len(context) + max(sizes)
+    return Tokens(example, size, context, tuple(parts), tuple(lengths), tuple(asked))
 
 
 def run_cell(
@@ -122,7 +146,8 @@ def run_cell(
         for first in range(0, len(scripts), together):
             engine.restart(tokens.question_tokens[first])
             batch = scripts[first : first + together]
-            outputs += engine.decode(tokens.context, batch, logprobs=cell.answers == GIVEN)
+            given = cell.answers == GIVEN
+            outputs += engine.decode(tokens.context, batch, logprobs=given, ends=cell.ends)
         if cell.answers == GIVEN:
             likeliest = [token for output in outputs for token in output.likeliest]
             values += [
@@ -132,24 +157,11 @@ def run_cell(
             continue
         written: list[str] = []
         for script, output in zip(scripts, outputs, strict=True):
-            written += _answers(script, output.ids, decode)
+            written += map(decode, free_runs(script, output.ids, cell.ends))
         values += [
             turn.score(answer) for turn, answer in zip(tokens.example.turns, written, strict=True)
         ]
     return Score(method.name, cell.task, cell.length, cell.answers, tuple(values))
-
-
-def _answers(script: list[int], ids: list[int], decode: Callable[[list[int]], str]) -> list[str]:
-    """The free runs of a script, as text."""
-    runs: list[list[int]] = []
-    previous = None
-    for wanted, token in zip(script, ids, strict=True):
-        if wanted == FREE:
-            if previous != FREE:
-                runs.append([])
-            runs[-1].append(token)
-        previous = wanted
-    return [decode(run) for run in runs]
 
 
 def _encode(encoder: Tokenizer, piece: str) -> list[int]:

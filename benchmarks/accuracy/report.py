@@ -3,9 +3,9 @@
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import matplotlib
 
@@ -18,28 +18,94 @@ from rich.table import Table
 from accuracy.attention_level import LayerQuality
 from accuracy.evaluate import GIVEN, Cell, Score
 from accuracy.methods import FULL, Method
-from accuracy.text_quality import Likelihood
-
-COUNTS_FROM = 0.9
-"""A task counts where full attention reaches this score: else it tells nothing of a method."""
-
+from accuracy.text_quality import Divergence, Likelihood
 
 _BUDGET = ("budget=", "recent_tokens=", "topk_tokens=")
+_T = TypeVar("_T")
 Group = tuple[int, str]
 """A length, and who writes the answers: what a table is of."""
 
 
 @dataclass
 class Report:
-    """Everything measured in a run."""
+    """Everything measured in a run.
+
+    counts_from: a task counts where full attention reaches this score: else it tells nothing of a
+        method.
+    """
 
     arguments: dict[str, Any]
     methods: list[Method]
+    counts_from: float
+    finished: bool = False
     scores: list[Score] = field(default_factory=list)
     likelihoods: list[Likelihood] = field(default_factory=list)
+    divergences: list[Divergence] = field(default_factory=list)
     layers: list[LayerQuality] = field(default_factory=list)
     bytes_per_token: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    revisions: list[str | None] = field(default_factory=lambda: [revision()])
+
+    def resume(self, written: dict[str, Any]) -> None:
+        """Take over what a file of a run with the same arguments holds.
+
+        Raises:
+            ValueError: its arguments are others; the message names one.
+        """
+        told = written.get("arguments", {})
+        for name, value in (told | self.arguments).items():
+            if told.get(name) != self.arguments.get(name):
+                raise ValueError(f"it was written with {name} {told.get(name)}, not {value}")
+        self.scores = [_read(Score, x) for x in written["scores"]]
+        self.likelihoods = [_read(Likelihood, x) for x in written["likelihoods"]]
+        self.divergences = [_read(Divergence, x) for x in written["divergences"]]
+        self.layers = [_read(LayerQuality, x) for x in written["layers"]]
+        for method in written["methods"]:
+            if method["bytes_per_token"] is not None:
+                self.bytes_per_token[method["name"]] = method["bytes_per_token"]
+            if method["seconds"] is not None:
+                self.seconds[method["name"]] = method["seconds"]
+        self.revisions = list(dict.fromkeys([*written["revisions"], *self.revisions]))
+
+    def has_score(self, method: str, cell: Cell) -> bool:
+        """This cell was asked."""
+        key = (method, cell.task, cell.length, cell.answers)
+        return any((x.method, x.task, x.length, x.answers) == key for x in self.scores)
+
+    def has_text(self, method: str, kind: str) -> bool:
+        """Texts of this kind were read."""
+        return any((x.method, x.kind) == (method, kind) for x in self.likelihoods)
+
+    def drop_text(self, method: str, kind: str) -> None:
+        """Forget what was read of this kind: it is read again."""
+        key = (method, kind)
+        self.likelihoods = [x for x in self.likelihoods if (x.method, x.kind) != key]
+        self.divergences = [x for x in self.divergences if (x.method, x.kind) != key]
+        self.layers = [x for x in self.layers if (x.method, x.kind) != key]
+
+    def attention(self) -> list[dict[str, Any]]:
+        """For each method and kind of text: means over layers, worst layer and worst head."""
+        rows: dict[tuple[str, str], list[LayerQuality]] = {}
+        for quality in self.layers:
+            rows.setdefault((quality.method, quality.kind), []).append(quality)
+        found = []
+        for (method, kind), layers in rows.items():
+            worst = min(layers, key=lambda q: q.of_oracle)
+            share, layer, head = min(
+                (share, q.layer, head) for q in layers for head, share in enumerate(q.heads)
+            )
+            means = {
+                name: sum(getattr(q, name) for q in layers) / len(layers)
+                for name in ("recall", "mass", "error", "of_oracle")
+            }
+            found.append(
+                {"method": method, "kind": kind}
+                | means
+                | {"worst_layer": {"layer": worst.layer, "of_oracle": worst.of_oracle}}
+                | {"worst_head": {"layer": layer, "head": head, "of_oracle": share}}
+                | {"worst_error": max((q.error, q.layer) for q in layers)}
+            )
+        return found
 
     @property
     def groups(self) -> list[Group]:
@@ -53,7 +119,7 @@ class Report:
     def counting(self, group: Group) -> list[str]:
         """The tasks that the model solves with full attention."""
         cells = self.of_group(group)
-        return [task for (m, task), mean in cells.items() if m == FULL and mean >= COUNTS_FROM]
+        return [task for (m, task), mean in cells.items() if m == FULL and mean >= self.counts_from]
 
     def counts(self, cell: Cell) -> bool:
         """Full attention has solved it."""
@@ -77,7 +143,10 @@ class Report:
         """What is written to a file: plain values."""
         groups = self.groups
         return {
-            "revision": revision(),
+            "revision": self.revisions[-1],
+            "revisions": self.revisions,
+            "finished": self.finished,
+            "counts_from": self.counts_from,
             "versions": versions(),
             "python": platform.python_version(),
             "machine": platform.machine(),
@@ -97,6 +166,8 @@ class Report:
             "counting_tasks": {_name(g): self.counting(g) for g in groups},
             "scores": [asdict(score) | {"mean": score.mean} for score in self.scores],
             "likelihoods": [asdict(x) | {"mean": x.mean} for x in self.likelihoods],
+            "divergences": [asdict(x) for x in self.divergences],
+            "attention": self.attention(),
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -104,22 +175,46 @@ class Report:
         """Tables: tasks by method for each length, text, layers."""
         for group in self.groups:
             self._print_tasks(console, group)
-        if self.likelihoods:
-            table = Table("method", "nats a token", "against full", title="Held-out text")
-            full = next((x.mean for x in self.likelihoods if x.method == FULL), None)
-            for likelihood in self.likelihoods:
-                against = "" if full is None else f"{likelihood.mean - full:+.4f}"
-                table.add_row(likelihood.method, f"{-likelihood.mean:.4f}", against)
-            console.print(table)
+        for kind in dict.fromkeys(x.kind for x in self.likelihoods):
+            console.print(self._text_table(kind))
         if self.layers:
-            table = Table(
-                "method", "layer", "recall", "mass", "error", title="Attention of sparse layers"
+            console.print(self._attention_table())
+
+    def _text_table(self, kind: str) -> Table:
+        steps = next((x.steps for x in self.divergences if x.kind == kind), None)
+        title = f"Held-out {kind}" + (f", {steps:,} decode steps" if steps else "")
+        columns = ("method", "nats a token", "against full", "divergence from full", "same token")
+        table = Table(*columns, title=title)
+        full = next((x.mean for x in self.likelihoods if (x.method, x.kind) == (FULL, kind)), None)
+        for likelihood in self.likelihoods:
+            if likelihood.kind != kind:
+                continue
+            against = "" if full is None else f"{full - likelihood.mean:+.4f}"
+            row = [likelihood.method, f"{-likelihood.mean:.4f}", against]
+            for x in self.divergences:
+                if (x.method, x.kind) == (likelihood.method, kind):
+                    row.append(f"{x.mean:.4f} ({x.low:.4f} to {x.high:.4f})")
+                    row.append(f"{x.agreement:.1%}")
+            table.add_row(*row)
+        return table
+
+    def _attention_table(self) -> Table:
+        table = Table(
+            *("method", "text", "recall", "mass", "error", "worst error"),
+            *("of the oracle's", "worst layer", "worst head"),
+            title="Attention of sparse layers, means over them",
+        )
+        for row in self.attention():
+            error, layer = row["worst_error"]
+            worst, head = row["worst_layer"], row["worst_head"]
+            table.add_row(
+                *(row["method"], row["kind"], f"{row['recall']:.1%}", f"{row['mass']:.1%}"),
+                *(f"{row['error']:.2%}", f"{error:.2%} (layer {layer})"),
+                f"{row['of_oracle']:.1%}",
+                f"{worst['of_oracle']:.1%} (layer {worst['layer']})",
+                f"{head['of_oracle']:.1%} (layer {head['layer']}, KV head {head['head']})",
             )
-            for q in self.layers:
-                table.add_row(
-                    q.method, str(q.layer), f"{q.recall:.1%}", f"{q.mass:.1%}", f"{q.error:.2%}"
-                )
-            console.print(table)
+        return table
 
     def _print_tasks(self, console: Console, group: Group) -> None:
         cells, counting = self.of_group(group), self.counting(group)
@@ -161,11 +256,13 @@ class Report:
         if self.likelihoods:
             axis = remaining.pop(0)
             for x in self.likelihoods:
+                if x.kind != self.likelihoods[0].kind:
+                    continue
                 steps = [(i + 1) * x.stretch for i in range(len(x.values))]
                 axis.plot(steps, [-value for value in x.values], label=x.method, linewidth=1)
             axis.set_xlabel("decode step")
             axis.set_ylabel("nats a token (less is better)")
-            axis.set_title("Held-out text")
+            axis.set_title(f"Held-out {self.likelihoods[0].kind}")
             axis.legend(fontsize="x-small")
         figure.tight_layout()
         figure.savefig(path, dpi=120)
@@ -212,8 +309,17 @@ class Report:
 
 
 def write_json(report: Report, path: Path) -> None:
-    """One object, indented."""
-    path.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    """One object, indented. The file is whole at any time."""
+    written = path.with_name(path.name + ".new")
+    written.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    written.replace(path)
+
+
+def _read(kind: type[_T], written: dict[str, Any]) -> _T:
+    """A dataclass from its JSON: lists were tuples, and what is derived is left out."""
+    names = {x.name for x in fields(cast(Any, kind))}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in written.items() if k in names}
+    return kind(**values)
 
 
 def _name(group: Group) -> str:

@@ -41,7 +41,7 @@ def count_right(model: Retriever, encoder: Tokenizer, example: Example) -> tuple
     ids: list[int] = encoder.encode(example.context).ids
     right: dict[int, frozenset[int]] = {}
     for turn in example.turns:
-        ids = ids + encoder.encode(turn.question).ids
+        ids = ids + encoder.encode(turn.question).ids + encoder.encode(turn.begun).ids
         answer = encoder.encode(turn.answer)
         right |= {len(ids) + n: tokens for n, tokens in acceptable(turn, answer).items()}
         ids += answer.ids

@@ -1,5 +1,7 @@
 """Real text that every machine with this project's requirements has: docstrings of its packages.
 
+And real code: the files of those packages.
+
 Training text and evaluation text come from different packages, so what is measured was never seen.
 Given the same installed versions, every function returns the same text.
 """
@@ -41,6 +43,17 @@ def lines(packages: Sequence[str], rng: random.Random) -> Iterator[str]:
         for name, text in order:
             yield f"{name}:\n"
             yield from text.splitlines(keepends=True)
+
+
+def code(packages: Sequence[str], rng: random.Random) -> Iterator[str]:
+    """The source files of `packages`, in random order, without end."""
+    order = [path for package in packages for path in _sources(package)]
+    while True:
+        rng.shuffle(order)
+        for path in order:
+            written = path.read_text(encoding="utf-8")
+            if len(written) >= _MIN_CHARS and written.isascii():
+                yield written
 
 
 def _sources(package: str) -> list[Path]:

@@ -2,7 +2,8 @@
 
 from accuracy.tasks.base import Example, Source, Task, Turn
 from accuracy.tasks.needles import Needles
-from accuracy.tasks.reading import Copy, QuestionAnswering
+from accuracy.tasks.reading import Copy, LateRecall, QuestionAnswering
+from accuracy.tasks.table import TableToJson
 from accuracy.tasks.tracking import Chain, VariableTracking
 from accuracy.tasks.words import CommonWords, FrequentWords
 
@@ -14,7 +15,7 @@ TASKS: dict[str, Task] = {
         Needles("single_3", long_values=True),
         Needles("multikey_1", distractors=4),
         Needles("multikey_2", distractors=None),
-        Needles("multikey_3", distractors=None, long_values=True),
+        Needles("multikey_3", distractors=None, long_values=True, long_keys=True),
         Needles("multivalue", values_per_key=4),
         Needles("multiquery", keys_per_turn=4),
         VariableTracking(),
@@ -24,7 +25,15 @@ TASKS: dict[str, Task] = {
         Copy(),
         Needles("multi_turn", distractors=8, conversation=True),
         Chain(),
+        LateRecall(),
+        TableToJson(),
     )
 }
+RULER = (
+    *(f"single_{n}" for n in (1, 2, 3)),
+    *(f"multikey_{n}" for n in (1, 2, 3)),
+    *("multivalue", "multiquery", "variable_tracking", "common_words", "frequent_words"),
+)
+"""The names of RULER's eleven synthetic tasks."""
 
-__all__ = ["TASKS", "Example", "Source", "Task", "Turn"]
+__all__ = ["RULER", "TASKS", "Example", "Source", "Task", "Turn"]

@@ -7,9 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
+from uuid import UUID
 
 from accuracy import text
 
+NOISE = (
+    "The grass is green and the sky is blue.\n",
+    "The sun is yellow and the night is long.\n",
+    "Here we go and there we come back again.\n",
+)
+"""RULER's noise, in our words: sentences that say nothing."""
 _NUM_WORDS = 2048
 _MIN_WORD_CHARS, _MAX_WORD_CHARS = 4, 9
 
@@ -19,12 +26,14 @@ class Turn:
     """One question. `answer` is a full right answer; every one of `references` must be in it.
 
     unordered: any order of the references is right; `answer` has them in the order given.
+    begun: what the answer begins with; it is given to the model, and `answer` goes on from there.
     """
 
     question: str
     answer: str
     references: tuple[str, ...]
     unordered: bool = False
+    begun: str = ""
 
     def score(self, completion: str) -> float:
         """Share of the references found in `completion` as whole words (RULER's string match)."""
@@ -37,36 +46,50 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """A context and the questions over it."""
+    """A context and the questions over it.
+
+    instruction: what a chat model is told before the context.
+    """
 
     context: str
     turns: tuple[Turn, ...]
+    instruction: str = ""
 
 
 @dataclass(frozen=True)
 class Source:
     """What tasks draw from: randomness, lines of real text, and the length of a text in tokens.
 
-    A newline is a token of its own, so the length of a text is the sum over its lines.
+    Lengths are sums over lines. They are exact where a newline is a token of its own; else they
+    are near, and `fitting` makes up for it.
+
+    chat: questions are put to a chat model, by RULER's definitions; else a text is to be gone on
+        with, as the retriever was trained to.
     """
 
     rng: random.Random
     lines: Iterator[str]
     count_tokens: Callable[[str], int]
+    chat: bool = False
 
     def number(self) -> str:
-        """Six digits, no group of three beginning with zero."""
+        """Seven digits in a chat; else six, no group of three beginning with zero."""
+        if self.chat:
+            return str(self.rng.randrange(1_000_000, 10_000_000))
         return f"{self.rng.randrange(100, 1000)}{self.rng.randrange(100, 1000)}"
 
     def long_code(self) -> str:
-        """A value in the manner of a UUID: four groups of digits."""
+        """A UUID in a chat; else a value in its manner, four groups of digits."""
+        if self.chat:
+            return str(UUID(int=self.rng.getrandbits(128), version=4))
         return "-".join(str(self.rng.randrange(100, 1000)) for _ in range(4))
 
     def keys(self) -> Iterator[str]:
-        """Different names of one or two words, without end."""
+        """Different names without end: of two words in a chat, else of one or two."""
         seen: set[str] = set()
         while True:
-            key = "-".join(self.rng.choices(words(), k=self.rng.choice((1, 2))))
+            size = 2 if self.chat else self.rng.choice((1, 2))
+            key = "-".join(self.rng.choices(words(), k=size))
             if key not in seen:
                 seen.add(key)
                 yield key
@@ -84,6 +107,13 @@ class Source:
         for depth, fact in reversed(list(zip(depths, facts, strict=True))):
             pieces.insert(depth, fact)
         return "".join(pieces)
+
+
+def listed(items: Sequence[str]) -> str:
+    """`a`, `a and b`, or `a, b, and c`."""
+    if len(items) < 3:
+        return " and ".join(items)
+    return f"{', '.join(items[:-1])}, and {items[-1]}"
 
 
 class Task(Protocol):

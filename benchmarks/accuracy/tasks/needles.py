@@ -1,18 +1,14 @@
 """Needles: facts hidden in a haystack, after RULER's definitions (arXiv 2404.06654, section 3)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Literal
 
-from accuracy.tasks.base import Example, Source, Turn
+from accuracy.tasks.base import NOISE, Example, Source, Turn, listed
 
-_NOISE = (
-    "The grass is green and the sky is blue.\n",
-    "The sun is yellow and the night is long.\n",
-    "Here we go and there we come back again.\n",
-)
 _QUESTION_TOKENS = 40
+_CONVERSATION_TURNS = 5
 
 
 def fact(key: str, value: str) -> str:
@@ -30,7 +26,9 @@ class Needles:
     """`keys_per_turn` keys are asked in a turn; each key has `values_per_key` values.
 
     `distractors` further keys of the same form stand in the haystack, or, if it is None, as many
-    as fill it: then there is nothing else in it.
+    as fill it: then there is nothing else in it. In a chat so many keys stand in it in all, as
+    RULER has it, and no more turns are asked than there are keys for; a conversation has five.
+    long_keys: keys are UUIDs, too (in a chat).
     """
 
     name: str
@@ -38,37 +36,83 @@ class Needles:
     filler: Literal["noise", "text"] = "text"
     distractors: int | None = 0
     long_values: bool = False
+    long_keys: bool = False
     values_per_key: int = 1
     keys_per_turn: int = 1
 
     def make(self, source: Source, num_tokens: int, num_turns: int) -> Example:
         """See `Task.make`. Raises ValueError if the facts do not fit into `num_tokens`."""
+        if source.chat:
+            return self._make_chat(source, num_tokens, num_turns)
         value = source.long_code if self.long_values else source.number
         budget = num_tokens - num_turns * _QUESTION_TOKENS * self.keys_per_turn
-        pairs = self._pairs(source, value, budget, num_turns)
-        facts = [fact(key, v) for key, values in pairs.items() for v in values]
-        source.rng.shuffle(facts)
-        if sum(map(source.count_tokens, facts)) > budget:
-            raise ValueError(f"{self.name}: {len(facts)} facts do not fit into {num_tokens} tokens")
-        filler: Iterator[str] = source.lines if self.filler == "text" else cycle(_NOISE)
-        context = source.haystack(facts, budget, iter(()) if self.distractors is None else filler)
+        needed = num_turns * self.keys_per_turn + (self.distractors or 0)
+        pairs = self._pairs(source.keys(), source, value, fact, needed, budget)
+        context = self._context(source, pairs, fact, budget, num_tokens)
         asked = source.rng.sample(list(pairs), num_turns * self.keys_per_turn)
         turns = (asked[i::num_turns] for i in range(num_turns))
         return Example(context, tuple(self._turn(keys, pairs) for keys in turns))
 
+    def _make_chat(self, source: Source, num_tokens: int, num_turns: int) -> Example:
+        value = source.long_code if self.long_values else source.number
+        noun = "access code" if self.long_values else "access number"
+
+        def told(key: str, value: str) -> str:
+            return f"Please note that the {noun} of {key} is {value}.\n"
+
+        most = max(self.distractors or 0, self.keys_per_turn)
+        turns = _CONVERSATION_TURNS if self.conversation else num_turns
+        if self.distractors is not None:
+            turns = min(turns, most // self.keys_per_turn)
+        else:
+            most = turns * self.keys_per_turn
+        keys = iter(source.long_code, "") if self.long_keys else source.keys()
+        budget = num_tokens - turns * _QUESTION_TOKENS * self.keys_per_turn
+        pairs = self._pairs(keys, source, value, told, most, budget)
+        context = self._context(source, pairs, told, budget, num_tokens)
+        asked = source.rng.sample(list(pairs), turns * self.keys_per_turn)
+        instruction = (
+            f"Somewhere in the text below, {noun}s are given. Read all of it with care and keep "
+            f"them in mind, for I am going to ask about {noun}s afterwards."
+        )
+        groups = (asked[i::turns] for i in range(turns))
+        return Example(
+            context, tuple(_ask_in_chat(noun, group, pairs) for group in groups), instruction
+        )
+
+    def _context(
+        self,
+        source: Source,
+        pairs: dict[str, list[str]],
+        told: Callable[[str, str], str],
+        budget: int,
+        num_tokens: int,
+    ) -> str:
+        facts = [told(key, v) for key, values in pairs.items() for v in values]
+        source.rng.shuffle(facts)
+        if sum(map(source.count_tokens, facts)) > budget:
+            raise ValueError(f"{self.name}: {len(facts)} facts do not fit into {num_tokens} tokens")
+        filler: Iterator[str] = source.lines if self.filler == "text" else cycle(NOISE)
+        return source.haystack(facts, budget, iter(()) if self.distractors is None else filler)
+
     def _pairs(
-        self, source: Source, value: Callable[[], str], budget: int, num_turns: int
+        self,
+        keys: Iterator[str],
+        source: Source,
+        value: Callable[[], str],
+        told: Callable[[str, str], str],
+        needed: int,
+        budget: int,
     ) -> dict[str, list[str]]:
-        needed = num_turns * self.keys_per_turn
+        """`needed` keys with their values, or as many as fill `budget` tokens."""
         pairs: dict[str, list[str]] = {}
-        keys = source.keys()
-        for key in islice(keys, needed + (self.distractors or 0)):
+        for key in islice(keys, needed):
             pairs[key] = [value() for _ in range(self.values_per_key)]
         if self.distractors is None:
-            used = sum(source.count_tokens(fact(k, v)) for k, vs in pairs.items() for v in vs)
+            used = sum(source.count_tokens(told(k, v)) for k, vs in pairs.items() for v in vs)
             for key in keys:
                 number = value()
-                used += source.count_tokens(fact(key, number))
+                used += source.count_tokens(told(key, number))
                 if used > budget:
                     break
                 pairs[key] = [number]
@@ -83,3 +127,19 @@ class Needles:
             return Turn(f"\nAll numbers of {keys[0]} are", answer, tuple(values), unordered=True)
         answer = "".join(fact(key, pairs[key][0]) for key in keys)
         return Turn(f"\nThe numbers of {', '.join(keys)}:\n", answer, tuple(values))
+
+
+def _ask_in_chat(noun: str, keys: Sequence[str], pairs: dict[str, list[str]]) -> Turn:
+    """The question for all values of `keys`, the answer begun as RULER begins it."""
+    values = [value for key in keys for value in pairs[key]]
+    names = listed(keys)
+    one = len(values) == 1
+    question = (
+        f"What is the {noun} of {names}, according to the text?"
+        if one
+        else f"What are all the {noun}s of {names}, according to the text?"
+    )
+    begun = f"According to the text, the {noun}{'' if one else 's'} of {names} "
+    begun += "is" if one else "are"
+    unordered = len(keys) == 1
+    return Turn(question, f" {listed(values)}.", tuple(values), unordered, begun)

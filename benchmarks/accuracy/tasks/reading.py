@@ -39,8 +39,29 @@ class QuestionAnswering:
         turns = []
         for key, line in asked:
             answer = " ".join(line.split()[:8])
-            turns.append(Turn(f"\nAbout {key}:", f" {answer}\n", (answer,)))
-        return Example("".join(pieces), tuple(turns))
+            if source.chat:
+                question = f'One line of the text begins with "About {key}:". How does it go on?'
+                turns.append(Turn(question, f" {answer}", (answer,), begun=f"About {key}:"))
+            else:
+                turns.append(Turn(f"\nAbout {key}:", f" {answer}\n", (answer,)))
+        return Example("".join(pieces), tuple(turns), _NOTED)
+
+
+_NOTED = 'Read the text below. Some of its lines begin with "About" and a name; you will be asked.'
+_MARKED = "Read the text below. It holds passages, each between its name and `End.`; remember them."
+
+
+def passage(source: Source, size: int) -> str:
+    """Whole lines of real text, `size` tokens or a line more."""
+    text = ""
+    while source.count_tokens(text) < size:
+        text += next(source.lines)
+    return text
+
+
+def whole_lines(text: str) -> tuple[str, ...]:
+    """Its lines, each once: every one is worth the same."""
+    return tuple(dict.fromkeys(text.split("\n")[:-1]))
 
 
 @dataclass(frozen=True)
@@ -58,13 +79,57 @@ class Copy:
         turns, facts = [], []
         for _ in range(num_turns):
             key = next(keys)
-            passage = ""
-            while source.count_tokens(passage) < size:
-                passage += next(source.lines)
-            facts.append(f"Passage {key}:\n{passage}End.\n")
-            # Every line is worth the same.
-            whole = tuple(dict.fromkeys(passage.split("\n")[:-1]))
-            turns.append(Turn(f"\nPassage {key}:\n", f"{passage}End.\n", whole))
+            text = passage(source, size)
+            facts.append(f"Passage {key}:\n{text}End.\n")
+            turns.append(_repeat(source, key, text))
         reserved = sum(source.count_tokens(t.question + t.answer) for t in turns)
         context = source.haystack(facts, num_tokens - reserved, source.lines)
-        return Example(context, tuple(turns))
+        return Example(context, tuple(turns), _MARKED)
+
+
+def _repeat(source: Source, key: str, text: str) -> Turn:
+    if source.chat:
+        question = f"Repeat the passage {key} word for word, line by line, up to `End.`"
+        return Turn(question, f"{text}End.", whole_lines(text), begun=f"Passage {key}:\n")
+    return Turn(f"\nPassage {key}:\n", f"{text}End.\n", whole_lines(text))
+
+
+@dataclass(frozen=True)
+class LateRecall:
+    """A passage of the context is to be repeated word for word after a long text in between.
+
+    That text is given, so that it is the same for all methods, and read by decode steps like
+    everything after the context. It stands for what a model wrote itself.
+
+    words: in between; fewer where `num_tokens` is small.
+    """
+
+    name: str = "late_recall"
+    conversation: bool = False
+    passage_tokens: int = 80
+    words: int = 700
+
+    def make(self, source: Source, num_tokens: int, num_turns: int) -> Example:
+        """See `Task.make`. One passage, hence one turn."""
+        del num_turns
+        key, topic = next(source.keys()), next(source.keys())
+        text = passage(source, min(self.passage_tokens, num_tokens // 8))
+        between: list[str] = []
+        count, most = 0, min(self.words, num_tokens // 5)
+        while count < most:
+            between.append(next(source.lines))
+            count += len(between[-1].split())
+        own = "".join(between)
+        begun = f"{own}Passage {key}:\n"
+        if source.chat:
+            question = (
+                f"First write {count} words about {topic}. After that, repeat the passage {key} "
+                "word for word, line by line, up to `End.`"
+            )
+            turn = Turn(question, f"{text}End.", whole_lines(text), begun=begun)
+        else:
+            turn = Turn(f"\nAbout {topic}:\n", f"{text}End.\n", whole_lines(text), begun=begun)
+        reserved = 40 + sum(map(source.count_tokens, [*between, turn.answer]))
+        facts = [f"Passage {key}:\n{text}End.\n"]
+        context = source.haystack(facts, num_tokens - reserved, source.lines)
+        return Example(context, (turn,), _MARKED)
