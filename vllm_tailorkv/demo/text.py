@@ -122,27 +122,43 @@ def build_haystack(
     order of the source files. Raises ValueError if the needles take more than half of
     `num_tokens`, or if this machine has too little text.
     """
-    sentence_tokens = [len(tokenizer.encode(needle.sentence).ids) for needle in needles]
+    text, used, offsets = hide(tokenizer, num_tokens, [needle.sentence for needle in needles], seed)
+    return Haystack(text, used, tuple(map(PlacedNeedle, needles, offsets)))
+
+
+def hide(
+    tokenizer: Tokenizer, num_tokens: int, sentences: Sequence[str], seed: int
+) -> tuple[str, int, list[int]]:
+    """Real text with `sentences`, whole lines each, spread evenly from near its start to its end.
+
+    Returns:
+        The text; its number of tokens, counted line by line, at most `num_tokens` and less than a
+        line fewer; for every sentence the index of its first token.
+
+    Raises:
+        ValueError: the sentences take more than half, or this machine has too little text.
+    """
+    sentence_tokens = [len(tokenizer.encode(sentence).ids) for sentence in sentences]
     budget = num_tokens - sum(sentence_tokens)
     if budget < num_tokens // 2:
-        raise ValueError(f"{len(needles)} needles do not fit into {num_tokens} tokens")
-    spread = (_LAST_DEPTH - _FIRST_DEPTH) / max(len(needles) - 1, 1)
+        raise ValueError(f"{len(sentences)} needles do not fit into {num_tokens} tokens")
+    spread = (_LAST_DEPTH - _FIRST_DEPTH) / max(len(sentences) - 1, 1)
 
     pieces: list[str] = []
-    placed: list[PlacedNeedle] = []
+    offsets: list[int] = []
     used = 0
     pending = sum(sentence_tokens)
 
     def place_next() -> None:
         nonlocal used, pending
-        needle, size = needles[len(placed)], sentence_tokens[len(placed)]
-        pieces.append(needle.sentence)
-        placed.append(PlacedNeedle(needle, used))
+        size = sentence_tokens[len(offsets)]
+        pieces.append(sentences[len(offsets)])
+        offsets.append(used)
         used += size
         pending -= size
 
     for line, line_tokens in _shuffled_lines(tokenizer, seed):
-        while pending and used >= (_FIRST_DEPTH + len(placed) * spread) * num_tokens:
+        while pending and used >= (_FIRST_DEPTH + len(offsets) * spread) * num_tokens:
             place_next()
         if used + line_tokens + pending > num_tokens:
             break
@@ -152,7 +168,7 @@ def build_haystack(
         raise ValueError(f"this machine has only {used} tokens of text, not {num_tokens}")
     while pending:
         place_next()
-    return Haystack("".join(pieces), used, tuple(placed))
+    return "".join(pieces), used, offsets
 
 
 def _shuffled_lines(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[str, int]]:
