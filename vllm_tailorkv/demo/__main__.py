@@ -203,7 +203,7 @@ def _run_chat(options: argparse.Namespace, console: Console, checkpoint: Checkpo
         text = build_text(
             checkpoint.load_tokenizer(),
             options.tokens,
-            make_needles(options.needles, _SEED),
+            options.needles,
             _SEED,
         )
     served = _Served(

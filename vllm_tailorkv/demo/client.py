@@ -48,7 +48,7 @@ class Reply:
     @property
     def is_right(self) -> bool:
         """Whether it has the right answer; False for a question that has none."""
-        return self.placed.question.is_answered_by(self.text)
+        return self.placed.question.find(self.text) is not None
 
 
 AnswerT = TypeVar("AnswerT", Answer, Reply)
@@ -120,9 +120,7 @@ def measure_chat(
         for placed in text.questions
     ]
     with _client(server) as client:
-        texts, *times = _measure(
-            _Chat(client), server, text.opening, text.num_tokens, asked, on_wait
-        )
+        texts, *times = _measure(_Chat(client), server, text.text, text.num_tokens, asked, on_wait)
     return Measurement(tuple(map(Reply, text.questions, texts)), *times)
 
 

@@ -15,10 +15,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from vllm_tailorkv.demo.text import Needle, hide
+from vllm_tailorkv.demo.text import Needle, hide, make_needles
 
-_INTRODUCTION = "Here is a long text. A question about it follows at the end.\n\n"
-_END = "\nThe text ends here. "
 _LINES_AROUND = 6
 # What passages may take of the text at most; the needles and the rest of it need room, too.
 _PASSAGES_SHARE = 0.25
@@ -45,12 +43,14 @@ class Question:
         """Whether there is a right answer."""
         return bool(self.answers)
 
-    def is_answered_by(self, reply: str) -> bool:
-        """Whether `reply` has a right answer, not as part of a longer word or number."""
-        return any(
-            re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply, re.IGNORECASE)
-            for answer in self.answers
-        )
+    def find(self, reply: str) -> int | None:
+        """Where `reply` has a right answer, not as part of a longer word or number."""
+        for answer in self.answers:
+            # "1,234" is one number, "1234." is one that ends a sentence.
+            pattern = rf"(?<!\w)(?<!\d[.,]){re.escape(answer)}(?!\w)(?![.,]\d)"
+            if found := re.search(pattern, reply, re.IGNORECASE):
+                return found.start()
+        return None
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,16 @@ class LongText:
     num_tokens: int
     questions: tuple[PlacedQuestion, ...]
 
-    @property
-    def opening(self) -> str:
-        """What every message begins with, so that a server reads it once."""
-        return f"{_INTRODUCTION}{self.text}"
-
     def message(self, question: Question) -> str:
         """The text and the question, as a user's message."""
-        return f"{self.opening}{_END}{question.prompt}"
+        return f"{self.text}\n\n{question.prompt}"
 
 
 @dataclass(frozen=True)
 class _Fact:
-    """Something that stands in a module's source, as `quote`."""
+    """Something that stands in a file of Python's library, as `quote`."""
 
-    module: str
+    file: str
     quote: str
     prompt: str
     answers: tuple[str, ...]
@@ -91,53 +86,65 @@ class _Fact:
 
 _FACTS = (
     _Fact(
-        "pprint",
+        "random.py",
+        "The period is 2**19937-1",
+        "What is the period of the Mersenne Twister core generator?",
+        ("2**19937-1", "2**19937", "2^19937-1", "2^19937", "2^{19937}"),
+    ),
+    _Fact(
+        "pprint.py",
         "Fred L. Drake, Jr.",
         "Who is the author of the module pprint?",
         ("Fred L. Drake", "Fred Drake"),
     ),
     _Fact(
-        "random",
-        "The period is 2**19937-1",
-        "What is the period of the Mersenne Twister core generator?",
-        ("2**19937-1", "2**19937", "2^19937", "2^19937-1", "2^{19937}"),
+        "LICENSE.txt",
+        "successor of a language called ABC",
+        "Python was created as a successor of a language. What is that language called?",
+        ("ABC",),
     ),
     _Fact(
-        "fractions",
+        "fractions.py",
         "Originally contributed by Sjoerd Mullender",
         "Who originally contributed the module fractions?",
         ("Sjoerd Mullender",),
     ),
     _Fact(
-        "optparse",
-        "Originally distributed as Optik",
-        "Under what name was the module optparse originally distributed?",
-        ("Optik",),
-    ),
-    _Fact(
-        "getopt",
+        "getopt.py",
         "Long option support added by Lars Wirzenius",
-        "Who added long option support to the module getopt?",
+        "In the module getopt, long option support was added by whom?",
         ("Lars Wirzenius",),
     ),
     _Fact(
-        "quopri",
-        "MAXLINESIZE = 76",
-        "What number is MAXLINESIZE in the module quopri?",
-        ("76",),
+        "optparse.py",
+        "Originally distributed as Optik",
+        "The module optparse was originally distributed as what?",
+        ("Optik",),
     ),
     _Fact(
-        "webbrowser",
+        "webbrowser.py",
         "Maintained by Georg Brandl",
-        "Who maintains the module webbrowser?",
+        "By whom is the module webbrowser maintained?",
         ("Georg Brandl",),
     ),
     _Fact(
-        "ast",
+        "ast.py",
         "Copyright 2008 by Armin Ronacher",
-        "Who holds the copyright of the module ast?",
+        "Whose copyright of 2008 is stated in the module ast?",
         ("Armin Ronacher",),
     ),
+)
+
+# No two alike: a small model finds one among eight of a kind no better than by chance.
+_SUBJECTS = (
+    "the number of the blue locker",
+    "the phone extension of the bakery",
+    "the weight of the old bell in grams",
+    "the code of the garden gate",
+    "the price of the violin in crowns",
+    "the serial number of the telescope",
+    "the population of Ostervik",
+    "the height of the radio mast in millimetres",
 )
 
 _FREE = (
@@ -147,16 +154,35 @@ _FREE = (
 
 
 def ask_for(needle: Needle) -> Question:
-    """The question for a needle's code."""
+    """The question for the code of a made-up name."""
     return Question(
         title=needle.name,
-        prompt=f"What is the secret code of {needle.name}? Answer with the number.",
+        prompt=f"What is the secret code of {needle.name}?",
         answers=(needle.code,),
         passage=needle.sentence,
     )
 
 
-def build_text(tokenizer: Tokenizer, num_tokens: int, needles: list[Needle], seed: int) -> LongText:
+def make_questions(count: int, seed: int) -> list[Question]:
+    """`count` questions for numbers that no text contains by chance, no two alike at first.
+
+    Raises:
+        ValueError: `count` is negative.
+    """
+    needles = make_needles(count, seed)
+    unlike = [
+        Question(
+            title=subject,
+            prompt=f"What is {subject}?",
+            answers=(needle.code,),
+            passage=f"{subject.capitalize()} is {needle.code}.\n",
+        )
+        for subject, needle in zip(_SUBJECTS, needles, strict=False)
+    ]
+    return unlike + [ask_for(needle) for needle in needles[len(unlike) :]]
+
+
+def build_text(tokenizer: Tokenizer, num_tokens: int, num_needles: int, seed: int) -> LongText:
     """Real text with needles and passages spread evenly over it, and the questions on them.
 
     Facts are asked as far as their passages take at most a quarter of the text. The text has about
@@ -165,7 +191,7 @@ def build_text(tokenizer: Tokenizer, num_tokens: int, needles: list[Needle], see
     Raises:
         ValueError: the needles do not fit, or this machine has too little text.
     """
-    questions = [ask_for(needle) for needle in needles]
+    questions = make_questions(num_needles, seed)
     room = num_tokens * _PASSAGES_SHARE
     for question in _facts():
         room -= len(tokenizer.encode(question.passage).ids)
@@ -173,7 +199,9 @@ def build_text(tokenizer: Tokenizer, num_tokens: int, needles: list[Needle], see
             break
         questions.append(question)
     random.Random(f"questions {seed}").shuffle(questions)
-    text, _, _ = hide(tokenizer, num_tokens, [question.passage for question in questions], seed)
+    text, _, _ = hide(
+        tokenizer, num_tokens, [question.passage for question in questions], seed, prose_first=True
+    )
     starts = [start for start, _ in tokenizer.encode(text).offsets]
     placed = [
         PlacedQuestion(question, bisect.bisect_left(starts, text.index(question.passage)))
@@ -188,12 +216,12 @@ def _facts() -> Iterator[Question]:
     library = Path(sysconfig.get_paths()["stdlib"])
     for fact in _FACTS:
         try:
-            lines = (library / f"{fact.module}.py").read_text(encoding="utf-8").splitlines()
+            lines = (library / fact.file).read_text(encoding="utf-8").splitlines()
         except OSError:
             continue
         found = [number for number, line in enumerate(lines) if fact.quote in line]
         if not found:
             continue
         around = lines[max(found[0] - _LINES_AROUND, 0) : found[0] + _LINES_AROUND]
-        passage = "\n".join([f"# From Python's module {fact.module}:", *around, ""])
-        yield Question(f"{fact.module}: {fact.prompt}", fact.prompt, fact.answers, passage)
+        passage = "\n".join([f"# From Python's {fact.file}:", *around, ""])
+        yield Question(fact.file, fact.prompt, fact.answers, passage)

@@ -13,6 +13,7 @@ from vllm_tailorkv.demo.server import TailorKVPlan
 from vllm_tailorkv.demo.text import Haystack
 
 _SHOWN_CHARS = 24
+_REPLY_CHARS = 60
 
 
 def print_report(
@@ -73,35 +74,39 @@ def print_chat_report(
         tailorkv: what the backend of this project did.
         reference: what vLLM's own backend did.
     """
-    replies = Table(
-        title=f"{len(text.questions)} questions on {text.num_tokens:,} tokens", show_lines=True
-    )
-    replies.add_column("question", ratio=4)
+    asked = len(text.questions)
+    replies = Table(title=f"{asked} questions on {text.num_tokens:,} tokens")
+    replies.add_column("question about")
     replies.add_column("depth", justify="right", no_wrap=True)
-    replies.add_column("right answer", ratio=2)
-    replies.add_column("tailorkv", ratio=4)
-    replies.add_column("vLLM's own backend", ratio=4)
-    for ours, theirs in zip(tailorkv.answers, reference.answers, strict=True):
+    replies.add_column("answer")
+    replies.add_column("tailorkv")
+    replies.add_column("vLLM's own backend")
+    pairs = list(zip(tailorkv.answers, reference.answers, strict=True))
+    for ours, theirs in pairs:
         question, offset = ours.placed.question, ours.placed.token_offset
-        replies.add_row(
-            escape(question.prompt),
-            "" if offset is None else f"{offset / text.num_tokens:.0%}",
-            escape(question.answers[0]) if question.is_judged else "",
-            _reply(ours),
-            _reply(theirs),
-        )
+        if question.is_judged:
+            replies.add_row(
+                escape(question.title),
+                "" if offset is None else f"{offset / text.num_tokens:.0%}",
+                escape(question.answers[0]),
+                _reply(ours),
+                _reply(theirs),
+            )
     console.print(replies)
+    for ours, theirs in pairs:
+        if not ours.placed.question.is_judged:
+            free = Table("", "", title=escape(ours.placed.question.prompt), show_header=False)
+            free.add_row("tailorkv", Text(" ".join(ours.text.split())))
+            free.add_row("vLLM's own backend", Text(" ".join(theirs.text.split())))
+            console.print(free)
 
     judged = sum(placed.question.is_judged for placed in text.questions)
     missing = lost(tailorkv, reference)
-    same = sum(
-        ours.text == theirs.text
-        for ours, theirs in zip(tailorkv.answers, reference.answers, strict=True)
-    )
+    same = sum(ours.text == theirs.text for ours, theirs in pairs)
     console.print(
         f"Right: tailorkv {_num_right(tailorkv)} of {judged}, vLLM's own backend "
         f"{_num_right(reference)} of {judged}. Word for word the same: {same} of "
-        f"{len(text.questions)}. Lost by tailorkv: {escape('; '.join(missing)) or 'none'}",
+        f"{asked}. Lost by tailorkv: {escape('; '.join(missing)) or 'none'}",
         highlight=False,
         style="bold red" if missing else "green",
     )
@@ -218,13 +223,14 @@ def _verdict(answer: Answer) -> Text:
 
 
 def _reply(reply: Reply) -> Text:
-    """What was replied, on one line; "right" or "wrong" after it if it is judged."""
+    """What was replied, shortened around the answer, green and right or red and wrong."""
     shown = " ".join(reply.text.split())
-    if not reply.placed.question.is_judged:
-        return Text(shown)
-    if reply.is_right:
-        return Text(f"{shown} (right)", style="green")
-    return Text(f"{shown} (wrong)", style="bold red")
+    found = reply.placed.question.find(shown)
+    if found is None:
+        return Text(f"{shown[:_REPLY_CHARS]!r} wrong", style="bold red")
+    start, end = max(found - _REPLY_CHARS // 2, 0), found + _REPLY_CHARS // 2
+    before, after = "..." if start else "", "..." if end < len(shown) else ""
+    return Text(f"{before}{shown[start:end]}{after} right", style="green")
 
 
 def _plan_rows(plan: TailorKVPlan, context: int) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -127,9 +128,20 @@ def build_haystack(
 
 
 def hide(
-    tokenizer: Tokenizer, num_tokens: int, sentences: Sequence[str], seed: int
+    tokenizer: Tokenizer,
+    num_tokens: int,
+    sentences: Sequence[str],
+    seed: int,
+    prose_first: bool = False,
 ) -> tuple[str, int, list[int]]:
     """Real text with `sentences`, whole lines each, spread evenly from near its start to its end.
+
+    Args:
+        tokenizer: counts tokens.
+        num_tokens: length of the result.
+        sentences: what to hide.
+        seed: chooses the order of the source files.
+        prose_first: licences before code; else they are mixed.
 
     Returns:
         The text; its number of tokens, counted line by line, at most `num_tokens` and less than a
@@ -157,7 +169,7 @@ def hide(
         used += size
         pending -= size
 
-    for line, line_tokens in _shuffled_lines(tokenizer, seed):
+    for line, line_tokens in _shuffled_lines(tokenizer, seed, prose_first):
         while pending and used >= (_FIRST_DEPTH + len(offsets) * spread) * num_tokens:
             place_next()
         if used + line_tokens + pending > num_tokens:
@@ -171,12 +183,16 @@ def hide(
     return "".join(pieces), used, offsets
 
 
-def _shuffled_lines(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[str, int]]:
+def _shuffled_lines(
+    tokenizer: Tokenizer, seed: int, prose_first: bool
+) -> Iterator[tuple[str, int]]:
     """Every line of every source file, with its number of tokens."""
     documents = list(_documents())
     random.Random(f"haystack {seed}").shuffle(documents)
+    if prose_first:
+        documents.sort(key=lambda document: document.is_code)
     for document in documents:
-        lines = document.splitlines(keepends=True)
+        lines = document.text.splitlines(keepends=True)
         for line, encoding in zip(lines, tokenizer.encode_batch(lines), strict=True):
             yield line, len(encoding.ids)
 
@@ -188,14 +204,19 @@ def _documents_up_to(num_chars: int) -> Iterator[str]:
     for document in documents:
         if num_chars <= 0:
             return
-        num_chars -= len(document)
-        yield document
+        num_chars -= len(document.text)
+        yield document.text
+
+
+class _Document(NamedTuple):
+    text: str
+    is_code: bool
 
 
 @cache
-def _documents() -> tuple[str, ...]:
+def _documents() -> tuple[_Document, ...]:
     """The text of every usable source file, no two the same, each ending in a newline."""
-    texts: dict[str, None] = {}
+    texts: dict[str, bool] = {}
     for path in _source_files():
         try:
             text = path.read_text(encoding="utf-8")
@@ -203,8 +224,8 @@ def _documents() -> tuple[str, ...]:
             continue
         text = "".join(f"{line}\n" for line in text.splitlines())
         if text and max(map(len, text.splitlines())) <= _MAX_LINE_CHARS:
-            texts[text] = None
-    return tuple(texts)
+            texts.setdefault(text, path.suffix == ".py")
+    return tuple(_Document(text, is_code) for text, is_code in texts.items())
 
 
 def _source_files() -> Iterator[Path]:
