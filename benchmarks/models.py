@@ -398,9 +398,10 @@ def _pip_failure(part: Part, log: str, work: Path) -> str:
         return f"pip cannot reach its index for {wanted}; check the network and `pip config list`"
     if any(text in log for text in _NOT_FOUND):
         return f"pip's index has no wheel of {wanted}; name one that has it in PIP_INDEX_URL"
-    errors = [line for line in log.splitlines() if line.startswith("ERROR:")]
-    last = (errors or log.split("\n\n") or [""])[-1].strip()
-    return f"pip could not download {wanted}: {last}"
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["it says nothing"]
+    # An exception of pip's own stands below its traceback.
+    errors = [line for line in lines if line.startswith("ERROR:") and line != "ERROR: Exception:"]
+    return f"pip could not download {wanted}: {(errors or lines)[-1]}"
 
 
 def _bytes_in(folder: Path) -> int:
