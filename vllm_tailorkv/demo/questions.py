@@ -130,7 +130,7 @@ _FACTS = (
     _Fact(
         "ast.py",
         "Copyright 2008 by Armin Ronacher",
-        "Whose copyright of 2008 is stated in the module ast?",
+        "In the module ast, the copyright of 2008 is by whom?",
         ("Armin Ronacher",),
     ),
 )
