@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,7 @@ RECIPE = 1
 _STAMP = "source.json"
 _PROFILE = "tailorkv.json"
 _REQUIREMENTS = "requirements/models.txt"
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 _CONVERTER_NEEDS = ("accelerate", "gguf", "torch", "transformers")
 _POLL_SECONDS = 0.2
 _CHUNK_BYTES = 2**20
@@ -178,7 +180,7 @@ def resolve(name_or_path: str) -> Path:
         model = MODELS[name_or_path]
         return make(model, default_folder(model), Console(stderr=True))
     path = Path(name_or_path)
-    if path.exists() or name_or_path.count("/") == 1:
+    if path.exists() or _HUB_NAME.fullmatch(name_or_path):
         return path
     raise ModelError(f"no model {name_or_path!r}; give a folder or one of {', '.join(NAMES)}")
 

@@ -265,6 +265,13 @@ def test_paths_and_hub_names_are_used_as_they_are(tmp_path: Path) -> None:
     assert models.resolve("owner/model") == Path("owner/model")
 
 
+@pytest.mark.parametrize("name", ["./qwen", "/no/such", "a/b/c", "qwen2.5-coder"])
+def test_neither_name_nor_path(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="give a folder or one of smollm2-135m"):
+        models.resolve(name)
+
+
 def test_an_unknown_name_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert models.main(["smolm2"]) == 1
     assert capsys.readouterr().err == (
