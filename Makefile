@@ -3,7 +3,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-TOKENS ?= 16384
+# A real chat model for the demo: a name that benchmarks/models.py knows, or a folder
+MODEL ?=
+# Length of the demo's text; default: 16384, less for a model that reads less
+TOKENS ?=
 NEEDLES ?= 8
 # Options of tailorkv as JSON, for instance CONFIG='{"index": "onebit", "bits": 1}'
 CONFIG ?=
@@ -15,6 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+FIND_MODEL = $(if $(MODEL),model="$$($(BIN)/python benchmarks/models.py --path '$(MODEL)')" && )
 CPP_SOURCES = $(shell find csrc tests/support -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
@@ -23,12 +27,13 @@ CPP_SOURCES = $(shell find csrc tests/support -name '*.cpp' -o -name '*.h' -o -n
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: TOKENS, NEEDLES and CONFIG (demo), TESTS (test), PYTHON, VENV"
+	@echo "Variables: MODEL, TOKENS, NEEDLES and CONFIG (demo), TESTS (test), PYTHON, VENV"
 
 install: $(STAMPS)/project ## make the environment and build the project in it
 
-demo: install ## find needles in a long text, with tailorkv and with vLLM's own backend
-	$(BIN)/python -m vllm_tailorkv.demo --tokens $(TOKENS) --needles $(NEEDLES) \
+demo: install $(if $(MODEL),$(STAMPS)/models) ## questions on a long text, with tailorkv and without
+	$(FIND_MODEL)$(BIN)/python -m vllm_tailorkv.demo $(if $(MODEL),--model "$$model") \
+		$(if $(TOKENS),--tokens $(TOKENS)) --needles $(NEEDLES) \
 		--cache-dir .demo $(if $(CONFIG),--config '$(CONFIG)')
 
 test: install $(STAMPS)/dev ## run the tests
@@ -69,7 +74,13 @@ $(STAMPS)/gpu: $(STAMPS)/venv requirements/gpu.txt
 	$(PIP) install -r requirements/gpu.txt
 	@touch $@
 
-$(STAMPS)/dev: $(STAMPS)/$(PLATFORM) requirements/dev.txt
+# accelerate names torch without a version; --no-deps keeps the one that is there.
+$(STAMPS)/models: $(STAMPS)/$(PLATFORM) requirements/models.txt
+	@echo "== Installing what converts real models"
+	$(PIP) install --no-deps -r requirements/models.txt
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/models requirements/dev.txt
 	@echo "== Installing the test tools"
 	$(PIP) install -r requirements/dev.txt
 	@touch $@

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from vllm_tailorkv.demo import model, report
-from vllm_tailorkv.demo.client import Measurement, OnWait, measure
+from vllm_tailorkv.demo.checkpoint import Checkpoint, read_checkpoint
+from vllm_tailorkv.demo.client import AnswerT, Measurement, OnWait, measure, measure_chat
+from vllm_tailorkv.demo.questions import build_text
 from vllm_tailorkv.demo.server import (
     ServerError,
     ServerOptions,
@@ -23,7 +26,7 @@ from vllm_tailorkv.demo.server import (
     VllmServer,
     cache_gib_for,
 )
-from vllm_tailorkv.demo.text import Haystack, build_haystack, make_needles
+from vllm_tailorkv.demo.text import build_haystack, make_needles
 
 ALL_RIGHT, SOME_WRONG, FAILED = 0, 1, 2
 
@@ -31,6 +34,12 @@ _SEED = 0
 _START_TIMEOUT_SECONDS = 600.0
 # Room after the haystack for a question and for the tokens that are timed.
 _SLACK_TOKENS = 256
+_DEFAULT_TOKENS = 16384
+_ANSWER_TOKENS, _CHAT_ANSWER_TOKENS = 12, 48
+# Longest reply to a question that has no right answer.
+_FREE_TOKENS = 96
+# Of a chat model's context, if that is less than _DEFAULT_TOKENS would need.
+_DEFAULT_SHARE = 0.75
 _PLAIN_UPDATE_SECONDS = 15.0
 _NEWS_CHARS = 100
 
@@ -40,8 +49,11 @@ examples:
   python -m vllm_tailorkv.demo --tokens 65536 --needles 12
   python -m vllm_tailorkv.demo --config '{"index": "onebit", "bits": 1}'
   python -m vllm_tailorkv.demo --config '{"topk_tokens": 16}' --json result.json
+  python -m vllm_tailorkv.demo --model ./my-chat-model
 
-exit status: 0 if every answer with tailorkv is right, 1 if one is wrong, 2 if the demo cannot run
+exit status: 0 if every answer with tailorkv is right, 1 if one is wrong, 2 if the demo cannot run;
+with --model: 1 if tailorkv misses what vLLM's own backend answers right, 2 also if that answers
+nothing right, since there is nothing to compare then
 """
 
 
@@ -75,7 +87,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     parser.add_argument(
-        "--tokens", type=int, default=16384, metavar="N", help="length of the text (%(default)s)"
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="a chat model to ask, and to ask more of; default: the demo's own tiny model",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help=f"length of the text ({_DEFAULT_TOKENS}, or {_DEFAULT_SHARE:.0%} of a shorter "
+        "context of --model)".replace("%", "%%"),
     )
     parser.add_argument(
         "--needles", type=int, default=8, metavar="N", help="facts hidden in it (%(default)s)"
@@ -96,16 +118,30 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-tokens",
         type=int,
-        default=12,
         metavar="N",
-        help="longest answer, in tokens; a number takes 8 (%(default)s)",
+        help=f"longest answer, in tokens; a number takes 8 ({_ANSWER_TOKENS}, with --model "
+        f"{_CHAT_ANSWER_TOKENS})",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument(
         "--keep-logs", action="store_true", help="keep the servers' logs after a success too"
     )
     options = parser.parse_args(arguments)
-    longest = model.MAX_POSITIONS - _SLACK_TOKENS
+    options.checkpoint = None
+    context, tokens, options.slack = model.MAX_POSITIONS, _DEFAULT_TOKENS, _SLACK_TOKENS
+    if options.max_tokens is None:
+        options.max_tokens = _ANSWER_TOKENS if options.model is None else _CHAT_ANSWER_TOKENS
+    if options.model is not None:
+        try:
+            options.checkpoint = read_checkpoint(options.model)
+        except ValueError as error:
+            parser.error(f"--model: {error}")
+        context = options.checkpoint.context
+        options.slack += _FREE_TOKENS
+        tokens = min(tokens, int(context * _DEFAULT_SHARE))
+    if options.tokens is None:
+        options.tokens = tokens
+    longest = context - options.slack
     if not 0 < options.tokens <= longest:
         parser.error(f"--tokens must be from 1 to {longest}, is {options.tokens}")
     if options.needles < 1:
@@ -127,7 +163,19 @@ def _json_object(text: str) -> dict[str, object]:
     return value
 
 
+@dataclass(frozen=True)
+class _Served:
+    """What the servers need to know: the checkpoint, the longest sequence, memory."""
+
+    directory: Path
+    max_model_len: int
+    kv_bytes_per_token: int
+    weight_bytes: int = 0
+
+
 def _run(options: argparse.Namespace, console: Console) -> int:
+    if options.checkpoint is not None:
+        return _run_chat(options, console, options.checkpoint)
     with _phase(console, "Building the model and the text") as on_wait:
         directory = model.load_or_build_demo_model(options.cache_dir, _SEED)
         on_wait(str(directory))
@@ -137,38 +185,93 @@ def _run(options: argparse.Namespace, console: Console) -> int:
             make_needles(options.needles, _SEED),
             _SEED,
         )
+    served = _Served(directory, haystack.num_tokens + options.slack, model.KV_BYTES_PER_TOKEN)
 
-    tailorkv, plan, our_log = _serve_and_measure(options, console, directory, haystack, "tailorkv")
-    reference, _, their_log = _serve_and_measure(options, console, directory, haystack, None)
+    tailorkv, reference, plan = _serve_both(
+        options,
+        console,
+        served,
+        lambda server, on_wait: measure(server, haystack, options.max_tokens, on_wait),
+        lambda ours, theirs, plan: report.print_report(console, haystack, plan, ours, theirs),
+    )
+    _write_json(options.json, report.as_json(haystack, plan, tailorkv, reference))
+    return ALL_RIGHT if all(answer.is_right for answer in tailorkv.answers) else SOME_WRONG
 
-    report.print_report(console, haystack, plan, tailorkv, reference)
-    if options.json is not None:
-        results = report.as_json(haystack, plan, tailorkv, reference)
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+def _run_chat(options: argparse.Namespace, console: Console, checkpoint: Checkpoint) -> int:
+    with _phase(console, "Building the text"):
+        text = build_text(
+            checkpoint.load_tokenizer(),
+            options.tokens,
+            options.needles,
+            _SEED,
+        )
+    served = _Served(
+        checkpoint.directory,
+        text.num_tokens + options.slack,
+        checkpoint.kv_bytes_per_token,
+        checkpoint.weight_bytes,
+    )
+
+    tailorkv, reference, plan = _serve_both(
+        options,
+        console,
+        served,
+        lambda server, on_wait: measure_chat(
+            server, text, options.max_tokens, _FREE_TOKENS, on_wait
+        ),
+        lambda ours, theirs, plan: report.print_chat_report(console, text, plan, ours, theirs),
+    )
+    _write_json(options.json, report.chat_as_json(text, plan, tailorkv, reference))
+    if not any(reply.is_right for reply in reference.answers):
+        raise ValueError(
+            "this model answers nothing right with vLLM's own backend, so nothing can be said of "
+            "tailorkv; lower --tokens or name another model"
+        )
+    return SOME_WRONG if report.lost(tailorkv, reference) else ALL_RIGHT
+
+
+def _write_json(file: Path | None, results: dict[str, object]) -> None:
+    if file is not None:
+        file.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _serve_both(
+    options: argparse.Namespace,
+    console: Console,
+    served: _Served,
+    ask: Callable[[VllmServer, OnWait], Measurement[AnswerT]],
+    show: Callable[[Measurement[AnswerT], Measurement[AnswerT], TailorKVPlan | None], None],
+) -> tuple[Measurement[AnswerT], Measurement[AnswerT], TailorKVPlan | None]:
+    """Ask with tailorkv and with vLLM's own backend, and show both; logs go after a success."""
+    tailorkv, plan, our_log = _serve_and_measure(options, console, served, "tailorkv", ask)
+    reference, _, their_log = _serve_and_measure(options, console, served, None, ask)
+    show(tailorkv, reference, plan)
     if options.keep_logs:
         console.print(f"Logs: {our_log}, {their_log}", soft_wrap=True)
     else:
         our_log.unlink()
         their_log.unlink()
-    return ALL_RIGHT if all(answer.is_right for answer in tailorkv.answers) else SOME_WRONG
+    return tailorkv, reference, plan
 
 
 def _serve_and_measure(
     options: argparse.Namespace,
     console: Console,
-    directory: Path,
-    haystack: Haystack,
+    served: _Served,
     backend: str | None,
-) -> tuple[Measurement, TailorKVPlan | None, Path]:
+    ask: Callable[[VllmServer, OnWait], Measurement[AnswerT]],
+) -> tuple[Measurement[AnswerT], TailorKVPlan | None, Path]:
     """One server from start to stop: what was measured, its plan and its log."""
     name = backend or "vLLM's own backend"
-    max_model_len = haystack.num_tokens + _SLACK_TOKENS
     server = VllmServer(
         ServerOptions(
-            model=directory,
+            model=served.directory,
             log=options.cache_dir / "logs" / f"{backend or 'vllm'}-{os.getpid()}.log",
-            max_model_len=max_model_len,
-            cache_gib=cache_gib_for(max_model_len, model.KV_BYTES_PER_TOKEN),
+            max_model_len=served.max_model_len,
+            cache_gib=cache_gib_for(
+                served.max_model_len, served.kv_bytes_per_token, served.weight_bytes
+            ),
             backend=backend,
             config=options.config if backend else None,
             is_eager=not torch.cuda.is_available(),
@@ -179,7 +282,7 @@ def _serve_and_measure(
         with _phase(console, f"Starting vLLM with {name}") as on_wait:
             server.wait_until_healthy(on_wait, _START_TIMEOUT_SECONDS)
         with _phase(console, f"Reading the text and answering with {name}") as on_wait:
-            measurement = measure(server, haystack, options.max_tokens, on_wait)
+            measurement = ask(server, on_wait)
         plan = server.plan()
         with _phase(console, f"Stopping vLLM with {name}"):
             server.stop()

@@ -1,14 +1,17 @@
 """Questions to a server, through the official OpenAI client, and how long it takes to answer."""
 
+import contextlib
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import openai
 
+from vllm_tailorkv.demo.questions import LongText, PlacedQuestion
 from vllm_tailorkv.demo.server import MODEL_NAME, VllmServer
 from vllm_tailorkv.demo.text import Haystack, PlacedNeedle
 
@@ -36,20 +39,46 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Reply:
+    """What a chat model wrote to a question."""
+
+    placed: PlacedQuestion
+    text: str
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it has the right answer; False for a question that has none."""
+        return self.placed.question.find(self.text) is not None
+
+
+AnswerT = TypeVar("AnswerT", Answer, Reply)
+
+
+@dataclass(frozen=True)
+class Measurement(Generic[AnswerT]):
     """One backend's answers, and its times in seconds.
 
     `seconds_per_token` is the median over several streams that continue the whole haystack.
     """
 
-    answers: tuple[Answer, ...]
+    answers: tuple[AnswerT, ...]
     prefill_seconds: float
     seconds_per_token: float
 
 
+class _Asker(Protocol):
+    """A way to have a prompt continued, greedily."""
+
+    def complete(self, prompt: str, max_tokens: int) -> str: ...
+
+    def stream(self, prompt: str, num_tokens: int) -> Iterable[object]:
+        """Events while exactly `num_tokens` tokens arrive; the first with the first of them."""
+        ...
+
+
 def measure(
     server: VllmServer, haystack: Haystack, max_tokens: int, on_wait: OnWait
-) -> Measurement:
+) -> Measurement[Answer]:
     """Ask `server` for every needle in `haystack`, at most `max_tokens` tokens an answer.
 
     A first request fills the prefix cache, so that the questions do not pay for the haystack.
@@ -57,6 +86,47 @@ def measure(
     Raises:
         ServerError: the server died, or a request failed.
     """
+    asked = [
+        (placed.needle.name, haystack.text + placed.needle.question, max_tokens)
+        for placed in haystack.needles
+    ]
+    with _client(server) as client:
+        asker = _Completions(client)
+        texts, *times = _measure(asker, server, haystack.text, haystack.num_tokens, asked, on_wait)
+    return Measurement(tuple(map(Answer, haystack.needles, texts)), *times)
+
+
+def measure_chat(
+    server: VllmServer, text: LongText, max_tokens: int, free_tokens: int, on_wait: OnWait
+) -> Measurement[Reply]:
+    """Ask `server` every question on `text` through its chat endpoint.
+
+    Args:
+        server: it serves a chat model.
+        text: what every message begins with; a first request fills the prefix cache with it.
+        max_tokens: longest reply to a question with a right answer.
+        free_tokens: longest reply to any other.
+        on_wait: called now and then.
+
+    Raises:
+        ServerError: the server died, or a request failed.
+    """
+    asked = [
+        (
+            placed.question.title,
+            text.message(placed.question),
+            max_tokens if placed.question.is_judged else free_tokens,
+        )
+        for placed in text.questions
+    ]
+    with _client(server) as client:
+        texts, *times = _measure(_Chat(client), server, text.text, text.num_tokens, asked, on_wait)
+    return Measurement(tuple(map(Reply, text.questions, texts)), *times)
+
+
+@contextlib.contextmanager
+def _client(server: VllmServer) -> Iterator[openai.OpenAI]:
+    """A client of `server`, whose errors are the server's."""
     client = openai.OpenAI(
         base_url=f"{server.url}/v1",
         api_key="none",
@@ -64,23 +134,25 @@ def measure(
         max_retries=0,
     )
     try:
-        return _measure(client, server, haystack, max_tokens, on_wait)
+        yield client
     except openai.OpenAIError as error:
         raise server.error(f"a request failed: {error}") from error
 
 
 def _measure(
-    client: openai.OpenAI,
+    asker: _Asker,
     server: VllmServer,
-    haystack: Haystack,
-    max_tokens: int,
+    text: str,
+    num_tokens: int,
+    asked: Sequence[tuple[str, str, int]],
     on_wait: OnWait,
-) -> Measurement:
+) -> tuple[list[str], float, float]:
+    """The answers to (title, prompt, longest answer) in `asked`; the times of a Measurement."""
     start = time.monotonic()
-    request = _in_background(lambda: _complete(client, haystack.text, 1))
+    request = _in_background(lambda: asker.complete(text, 1))
     while not request.done():
         server.check_alive()
-        on_wait(_prefill_progress(server, haystack.num_tokens))
+        on_wait(_prefill_progress(server, num_tokens))
         try:
             request.exception(timeout=_POLL_SECONDS)
         except TimeoutError:
@@ -89,16 +161,15 @@ def _measure(
     prefill_seconds = time.monotonic() - start
 
     answers = []
-    for number, placed in enumerate(haystack.needles, 1):
-        on_wait(f"question {number} of {len(haystack.needles)}: {placed.needle.name}")
-        prompt = haystack.text + placed.needle.question
-        answers.append(Answer(placed, _complete(client, prompt, max_tokens)))
+    for number, (title, prompt, max_tokens) in enumerate(asked, 1):
+        on_wait(f"question {number} of {len(asked)}: {title}")
+        answers.append(asker.complete(prompt, max_tokens))
 
     seconds = []
     for number in range(1, _TIMED_STREAMS + 1):
         on_wait(f"timing stream {number} of {_TIMED_STREAMS}, {_TIMED_TOKENS} tokens")
-        seconds.append(_seconds_per_token(client, haystack.text))
-    return Measurement(tuple(answers), prefill_seconds, statistics.median(seconds))
+        seconds.append(_seconds_per_token(asker, text))
+    return answers, prefill_seconds, statistics.median(seconds)
 
 
 def _prefill_progress(server: VllmServer, num_tokens: int) -> str:
@@ -108,28 +179,62 @@ def _prefill_progress(server: VllmServer, num_tokens: int) -> str:
     return f"{min(tokens, num_tokens):,} of {num_tokens:,} tokens read"
 
 
-def _complete(client: openai.OpenAI, prompt: str, max_tokens: int) -> str:
-    response = client.completions.create(
-        model=MODEL_NAME, prompt=prompt, max_tokens=max_tokens, temperature=0.0
-    )
-    return response.choices[0].text
+@dataclass(frozen=True)
+class _Completions:
+    """The text itself is continued."""
+
+    client: openai.OpenAI
+
+    def complete(self, prompt: str, max_tokens: int) -> str:
+        response = self.client.completions.create(
+            model=MODEL_NAME, prompt=prompt, max_tokens=max_tokens, temperature=0.0
+        )
+        return response.choices[0].text
+
+    def stream(self, prompt: str, num_tokens: int) -> Iterable[object]:
+        return self.client.completions.create(
+            model=MODEL_NAME,
+            prompt=prompt,
+            max_tokens=num_tokens,
+            temperature=0.0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
 
 
-def _seconds_per_token(client: openai.OpenAI, prompt: str) -> float:
+@dataclass(frozen=True)
+class _Chat:
+    """The prompt is a user's message, in the model's own chat template."""
+
+    client: openai.OpenAI
+
+    def complete(self, prompt: str, max_tokens: int) -> str:
+        response = self.client.chat.completions.create(
+            model=MODEL_NAME,
+            messages=[{"role": "user", "content": prompt}],
+            max_tokens=max_tokens,
+            temperature=0.0,
+        )
+        return response.choices[0].message.content or ""
+
+    def stream(self, prompt: str, num_tokens: int) -> Iterable[object]:
+        return self.client.chat.completions.create(
+            model=MODEL_NAME,
+            messages=[{"role": "user", "content": prompt}],
+            max_tokens=num_tokens,
+            temperature=0.0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+
+
+def _seconds_per_token(asker: _Asker, prompt: str) -> float:
     """Seconds between two tokens of a streamed completion, the first token not counted.
 
     The mean of a stream: when the processor is busy, tokens arrive several at a time, and the
     single intervals say little.
     """
-    stream = client.completions.create(
-        model=MODEL_NAME,
-        prompt=prompt,
-        max_tokens=_TIMED_TOKENS + 1,
-        temperature=0.0,
-        stream=True,
-        extra_body={"ignore_eos": True},
-    )
-    times = [time.monotonic() for _ in stream]
+    times = [time.monotonic() for _ in asker.stream(prompt, _TIMED_TOKENS + 1)]
     return (times[-1] - times[0]) / _TIMED_TOKENS
 
 

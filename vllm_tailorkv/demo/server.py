@@ -93,17 +93,23 @@ class ServerOptions:
     port: int = 0
 
 
-def cache_gib_for(num_tokens: int, bytes_per_token: float) -> int:
+def cache_gib_for(num_tokens: int, bytes_per_token: float, weight_bytes: int = 0) -> int:
     """Whole GiB of KV cache for `num_tokens`, with room for as many again.
+
+    Args:
+        num_tokens: of the longest sequence.
+        bytes_per_token: K and V of a token in all layers.
+        weight_bytes: of a model that is larger than the demo's own.
 
     Raises:
         MemoryError: if this machine does not have it.
     """
     gib = max(1, -(-int(2 * num_tokens * bytes_per_token) // _GIB))
     available = _available_bytes()
-    if gib * _GIB + _PROCESS_BYTES > available:
+    process = _PROCESS_BYTES + weight_bytes
+    if gib * _GIB + process > available:
         raise MemoryError(
-            f"{num_tokens} tokens need {gib} GiB of KV cache and {_PROCESS_BYTES // _GIB} GiB for "
+            f"{num_tokens} tokens need {gib} GiB of KV cache and {process / _GIB:.0f} GiB for "
             f"vLLM; {available / _GIB:.1f} GiB are available"
         )
     return gib

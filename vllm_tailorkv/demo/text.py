@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -122,27 +123,54 @@ def build_haystack(
     order of the source files. Raises ValueError if the needles take more than half of
     `num_tokens`, or if this machine has too little text.
     """
-    sentence_tokens = [len(tokenizer.encode(needle.sentence).ids) for needle in needles]
+    text, used, offsets = hide(tokenizer, num_tokens, [needle.sentence for needle in needles], seed)
+    return Haystack(text, used, tuple(map(PlacedNeedle, needles, offsets)))
+
+
+def hide(
+    tokenizer: Tokenizer,
+    num_tokens: int,
+    sentences: Sequence[str],
+    seed: int,
+    prose_first: bool = False,
+) -> tuple[str, int, list[int]]:
+    """Real text with `sentences`, whole lines each, spread evenly from near its start to its end.
+
+    Args:
+        tokenizer: counts tokens.
+        num_tokens: length of the result.
+        sentences: what to hide.
+        seed: chooses the order of the source files.
+        prose_first: licences before code; else they are mixed.
+
+    Returns:
+        The text; its number of tokens, counted line by line, at most `num_tokens` and less than a
+        line fewer; for every sentence the index of its first token.
+
+    Raises:
+        ValueError: the sentences take more than half, or this machine has too little text.
+    """
+    sentence_tokens = [len(tokenizer.encode(sentence).ids) for sentence in sentences]
     budget = num_tokens - sum(sentence_tokens)
     if budget < num_tokens // 2:
-        raise ValueError(f"{len(needles)} needles do not fit into {num_tokens} tokens")
-    spread = (_LAST_DEPTH - _FIRST_DEPTH) / max(len(needles) - 1, 1)
+        raise ValueError(f"{len(sentences)} needles do not fit into {num_tokens} tokens")
+    spread = (_LAST_DEPTH - _FIRST_DEPTH) / max(len(sentences) - 1, 1)
 
     pieces: list[str] = []
-    placed: list[PlacedNeedle] = []
+    offsets: list[int] = []
     used = 0
     pending = sum(sentence_tokens)
 
     def place_next() -> None:
         nonlocal used, pending
-        needle, size = needles[len(placed)], sentence_tokens[len(placed)]
-        pieces.append(needle.sentence)
-        placed.append(PlacedNeedle(needle, used))
+        size = sentence_tokens[len(offsets)]
+        pieces.append(sentences[len(offsets)])
+        offsets.append(used)
         used += size
         pending -= size
 
-    for line, line_tokens in _shuffled_lines(tokenizer, seed):
-        while pending and used >= (_FIRST_DEPTH + len(placed) * spread) * num_tokens:
+    for line, line_tokens in _shuffled_lines(tokenizer, seed, prose_first):
+        while pending and used >= (_FIRST_DEPTH + len(offsets) * spread) * num_tokens:
             place_next()
         if used + line_tokens + pending > num_tokens:
             break
@@ -152,15 +180,19 @@ def build_haystack(
         raise ValueError(f"this machine has only {used} tokens of text, not {num_tokens}")
     while pending:
         place_next()
-    return Haystack("".join(pieces), used, tuple(placed))
+    return "".join(pieces), used, offsets
 
 
-def _shuffled_lines(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[str, int]]:
+def _shuffled_lines(
+    tokenizer: Tokenizer, seed: int, prose_first: bool
+) -> Iterator[tuple[str, int]]:
     """Every line of every source file, with its number of tokens."""
     documents = list(_documents())
     random.Random(f"haystack {seed}").shuffle(documents)
+    if prose_first:
+        documents.sort(key=lambda document: document.is_code)
     for document in documents:
-        lines = document.splitlines(keepends=True)
+        lines = document.text.splitlines(keepends=True)
         for line, encoding in zip(lines, tokenizer.encode_batch(lines), strict=True):
             yield line, len(encoding.ids)
 
@@ -172,14 +204,19 @@ def _documents_up_to(num_chars: int) -> Iterator[str]:
     for document in documents:
         if num_chars <= 0:
             return
-        num_chars -= len(document)
-        yield document
+        num_chars -= len(document.text)
+        yield document.text
+
+
+class _Document(NamedTuple):
+    text: str
+    is_code: bool
 
 
 @cache
-def _documents() -> tuple[str, ...]:
+def _documents() -> tuple[_Document, ...]:
     """The text of every usable source file, no two the same, each ending in a newline."""
-    texts: dict[str, None] = {}
+    texts: dict[str, bool] = {}
     for path in _source_files():
         try:
             text = path.read_text(encoding="utf-8")
@@ -187,8 +224,8 @@ def _documents() -> tuple[str, ...]:
             continue
         text = "".join(f"{line}\n" for line in text.splitlines())
         if text and max(map(len, text.splitlines())) <= _MAX_LINE_CHARS:
-            texts[text] = None
-    return tuple(texts)
+            texts.setdefault(text, path.suffix == ".py")
+    return tuple(_Document(text, is_code) for text, is_code in texts.items())
 
 
 def _source_files() -> Iterator[Path]:
