@@ -7,6 +7,7 @@ pages where the system has them, as in service; vLLM's lie where vLLM puts them.
 random, with a few heavy tokens planted in every row and KV head. Each case gives a line of JSON:
 
     shape, layer, index, bits, context, batch, threads   what ran
+    selected            tokens that a sparse layer retrieves
     rerank              candidates ranked again for every token kept; 1 is no second ranking
     implementation, isa         of our ops; VLLM_TAILORKV_KERNELS and _CPU_ISA choose them
     ms, min_ms                  ours: median and least
@@ -57,7 +58,7 @@ def main() -> None:
             inputs = Inputs(SHAPES[args.shape], context, args.batch)
             for case in CASES:
                 head = {"shape": args.shape, "layer": case.layer, "index": case.index}
-                name = decode_name(head | {"bits": case.bits, "rerank": case.rerank})
+                name = decode_name(head | {"bits": case.bits, "selected": case.selected, "rerank": case.rerank})
                 bar.update(task, description=f"{context:,} tokens: {name}")
                 lines.add(head | measure(inputs, case, args.seconds, bandwidth))
                 bar.advance(task)

@@ -57,8 +57,8 @@ def decode_name(record: dict[str, Any]) -> str:
     """The name of a case's line."""
     if record["layer"] == "dense":
         return f"dense, {record['bits']} bit"
-    again = ", ranked again" if record["rerank"] > 1 else ""
-    return f"sparse, {record['index']}{again}"
+    kept, candidates = record["selected"], record["selected"] * record["rerank"]
+    return f"sparse, {record['index']}, {kept} of {candidates}"
 
 
 def lines_of(records: Sequence[dict[str, Any]], key: str, name: str | None = None) -> Series:

@@ -40,6 +40,7 @@ def measure(inputs: Inputs, case: Case, seconds: float, bandwidth: float) -> dic
         "layer": case.layer,
         "index": case.index,
         "bits": case.bits,
+        "selected": case.selected if case.layer == "sparse" else None,
         "rerank": case.rerank if case.layer == "sparse" else None,
         "context": inputs.context,
         "batch": inputs.batch,

@@ -8,7 +8,7 @@ from vllm_tailorkv.layout import DerivedKind, PageLayout
 
 DTYPE = torch.bfloat16
 BLOCK_SIZE, GROUP_SIZE = 128, 64
-SINKS, RECENT, SELECTED, RESIDUAL, CHANNELS, RERANK = 8, 56, 128, 128, 8, 4
+SINKS, RECENT, RESIDUAL, CHANNELS = 8, 56, 128, 8
 MIN_CONTEXT = 512
 """Below it, too few tokens lie between the sinks and the newest ones to select from."""
 
@@ -32,11 +32,16 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of layer; `rerank` candidates are ranked again for every token kept."""
+    """One kind of layer.
+
+    selected: tokens between sinks and tail that a sparse layer reads.
+    rerank: candidates ranked again for every token kept.
+    """
 
     layer: str
     kind: DerivedKind
     bits: int
+    selected: int = 0
     rerank: int = 1
 
     @property
@@ -59,10 +64,11 @@ class Case:
 
 
 CASES = (
-    Case("sparse", DerivedKind.ONEBIT, 1, RERANK),
-    Case("sparse", DerivedKind.ONEBIT, 1),
-    Case("sparse", DerivedKind.CHANNELS, 1, RERANK),
-    Case("sparse", DerivedKind.CHANNELS, 1),
+    Case("sparse", DerivedKind.ONEBIT, 1, 448, 2),  # preset default
+    Case("sparse", DerivedKind.ONEBIT, 1, 128, 4),  # preset fast
+    Case("sparse", DerivedKind.CHANNELS, 1, 448, 2),
+    Case("sparse", DerivedKind.CHANNELS, 1, 128, 4),
+    Case("sparse", DerivedKind.CHANNELS, 1, 128),  # preset paper
     Case("dense", DerivedKind.DENSE, 1),
     Case("dense", DerivedKind.DENSE, 2),
     Case("dense", DerivedKind.DENSE, 4),

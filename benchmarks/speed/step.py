@@ -6,9 +6,9 @@ import torch
 
 from speed.inputs import Inputs
 from speed.pages import PageSet, make_sets
-from speed.shapes import CHANNELS, GROUP_SIZE, RESIDUAL, SELECTED, SINKS, Case
+from speed.shapes import CHANNELS, GROUP_SIZE, RESIDUAL, SINKS, Case
 from vllm_tailorkv.kernels import ops
-from vllm_tailorkv.kernels.types import ChannelIndex, DenseCodes, OnebitIndex
+from vllm_tailorkv.kernels.types import SPREAD_GROUPS, ChannelIndex, DenseCodes, OnebitIndex
 from vllm_tailorkv.layout import DerivedKind
 
 
@@ -20,25 +20,29 @@ class Step:
         self.layout = case.layout(inputs.shape)
         batch, kv_heads = inputs.batch, inputs.shape.kv_heads
         self.output = torch.empty_like(inputs.query)
-        self.indices = torch.empty(batch, kv_heads, SELECTED, dtype=torch.int32)
-        self.candidates = self.indices.new_empty(batch, kv_heads, SELECTED * case.rerank)
+        self.indices = torch.empty(batch, kv_heads, case.selected, dtype=torch.int32)
+        count = case.selected * case.rerank
+        self.candidates = self.indices.new_empty(batch, kv_heads, count)
         self.sets = make_sets(inputs, self.layout, self.bytes_read)
 
     @property
     def bytes_read(self) -> int:
         """Bytes of the pages that a step reads."""
         inputs, head_size = self.inputs, self.inputs.shape.head_size
-        groups = inputs.coded // GROUP_SIZE
-        exact = RESIDUAL
+        groups = records = inputs.coded // GROUP_SIZE
+        keys = values = RESIDUAL
         if self.case.layer == "sparse":
-            groups = inputs.tail // GROUP_SIZE
-            exact = SINKS + SELECTED + inputs.context - inputs.tail
-        total = groups * sum(field.num_bytes for field in self.layout.fields.values())
-        total += exact * 2 * head_size * 2
+            groups = records = inputs.tail // GROUP_SIZE
+            always = SINKS + inputs.context - inputs.tail
+            # Candidates' K is read to rank them; that of those kept is then in the cache.
+            keys = always + self.case.selected * self.case.rerank
+            values = always + self.case.selected
+        if self.case.kind is DerivedKind.CHANNELS:
+            records = -(-groups // -(-groups // SPREAD_GROUPS))
+        total = records * sum(field.num_bytes for field in self.layout.fields.values())
+        total += (keys + values) * head_size * 2
         if self.case.kind is DerivedKind.CHANNELS:
             total += groups * GROUP_SIZE * CHANNELS * 2
-        if self.case.rerank > 1:
-            total += self.case.rerank * SELECTED * head_size * 2
         return total * inputs.shape.kv_heads * inputs.batch
 
     def ops(self) -> dict[str, Callable[[PageSet], None]]:

@@ -86,7 +86,7 @@ def test_profile_of_this_model(random_llama: Path, tmp_path: Path) -> None:
         from engines import attention_layers
 
         kinds = [layer.impl.spec.kind.value for layer in attention_layers(llm).values()]
-    assert kinds == ["channels", "dense", "dense", "channels"]
+    assert kinds == ["onebit", "dense", "dense", "onebit"]
 
 
 def test_cache_too_small(random_llama: Path) -> None:

@@ -68,10 +68,26 @@ def test_equals_reference(
 def untied(cache) -> torch.Tensor:
     """The raw pages with -0.0 zeros as 0.0."""
     copy = cache.clone()
-    if copy.layout.kind is not DerivedKind.CHANNELS:
-        for codes in copy.derived:
-            codes.zero.add_(0.0)
+    if copy.layout.kind is DerivedKind.CHANNELS:
+        copy.derived.extremes.add_(0.0)
+        return copy.raw
+    for codes in copy.derived:
+        codes.zero.add_(0.0)
     return copy.raw
+
+
+@pytest.mark.parametrize("fit", [False, True])
+def test_a_large_channel_of_values_keeps_its_mean(fast, build_cache, fit):
+    """What a layer that attends to everything needs of V: no bias over the tokens."""
+    cache = build_cache(bits=2, num_blocks=1, dtype=torch.float32)
+    cache.host.value.copy_(torch.randn(cache.host.value.shape))
+    cache.host.value[..., 5] += 8
+    groups = torch.arange(cache.layout.groups_per_block)
+    fast.quantize_groups(groups, cache.host.key, cache.host.value, cache.derived, fit)
+    size = cache.layout.head_size
+    value = reference.dequantize_values(cache.derived.value, 0, 64, 2, size)
+    bias = (value - cache.host.value[0]).mean(1)
+    assert bias[:, 5].abs().max() < 0.3
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -11,7 +11,7 @@ import torch
 
 VOCABULARY = 320
 PROMPT_LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 150, 180]
-"""Prompts whose continuation by twelve tokens stays within the default token budget."""
+"""Prompts whose continuation by twelve tokens stays within the token budget of `fast`."""
 
 
 def tiny_config(architecture: str, **changes: Any) -> Any:
@@ -66,8 +66,9 @@ def engine(model: Path, options: dict[str, Any] | None = None, **arguments: Any)
     """An `LLM` in this process.
 
     Args:
-        options: those of tailorkv; None for vLLM's own backend. Short contexts are not attended
-            in full unless the options say so: what is tested would not run.
+        options: those of tailorkv; None for vLLM's own backend. The preset is `fast` and short
+            contexts are not attended in full unless the options say so: what is tested would not
+            run.
     """
     from vllm import LLM
 
@@ -80,7 +81,8 @@ def engine(model: Path, options: dict[str, Any] | None = None, **arguments: Any)
     }
     if options is not None:
         values["attention_backend"] = "tailorkv"
-        values["additional_config"] = {"tailorkv": {"full_attention_below": 0} | options}
+        small = {"preset": "fast", "full_attention_below": 0}
+        values["additional_config"] = {"tailorkv": small | options}
     llm = LLM(model=str(model), **(values | arguments))
     try:
         yield llm
@@ -152,11 +154,16 @@ def expected_of(model: Path) -> Expected:
 
 
 LONG_LENGTHS = [200, 255, 256, 257, 700, 1500]
-"""Prompts beyond the default token budget."""
+"""Prompts beyond the token budget of `fast`."""
 
 LONG_OPTIONS: dict[str, dict[str, Any]] = {
     "channels": {"index": "channels", "profile": {"dense_layers": [0]}},
-    "onebit": {"index": "onebit", "bits": 1, "query_reduce": "max"},
+    "onebit": {
+        "index": "onebit",
+        "bits": 1,
+        "query_reduce": "max",
+        "profile": {"dense_layers": [0, 1]},
+    },
 }
 
 

@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from vllm_tailorkv.demo.text import END_OF_TEXT, train_tokenizer
+from vllm_tailorkv.profile import NEIGHBOUR, SCHEMA_VERSION, Profile, write_profile
 
-RECIPE = 1
+RECIPE = 2
 """Raised whenever the weights or the tokenizer would come out different."""
 
 NUM_LAYERS = 6
@@ -46,6 +47,7 @@ _GROUP = NUM_HEADS // NUM_KV_HEADS
 _INTERMEDIATE_SIZE = 128
 _ROPE_THETA = 1e18
 _NORM_EPS = 1e-6
+_ARCHITECTURE = "LlamaForCausalLM"
 _STAMP = "demo_model.json"
 
 _CODE = 64
@@ -123,6 +125,16 @@ def build_demo_model(directory: Path, seed: int = 0) -> None:
     _write_json(directory / "generation_config.json", {"eos_token_id": end_id, "do_sample": False})
     _write_json(directory / "tokenizer_config.json", _tokenizer_config())
     save_file(_weights(seed), directory / "model.safetensors", metadata={"format": "pt"})
+    profile = Profile(
+        schema_version=SCHEMA_VERSION,
+        architecture=_ARCHITECTURE,
+        num_layers=NUM_LAYERS,
+        num_heads=NUM_HEADS,
+        num_kv_heads=NUM_KV_HEADS,
+        head_size=HEAD_SIZE,
+        dense_layers=FLAT_LAYERS,
+    )
+    write_profile(directory / NEIGHBOUR, profile)
 
 
 def load_or_build_demo_model(cache_dir: Path, seed: int = 0) -> Path:
@@ -148,7 +160,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 def _config(end_id: int) -> dict[str, object]:
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [_ARCHITECTURE],
         "model_type": "llama",
         "dtype": "bfloat16",
         "num_hidden_layers": NUM_LAYERS,
