@@ -31,16 +31,17 @@ from typing import Any
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from accuracy.deadline import Deadline
+from accuracy.deadline import Deadline, OutOfTime
 from accuracy.evaluate import ANSWERS, WRITTEN, make_cell
 from accuracy.methods import FULL, METHODS, parse_method
 from accuracy.prompts import form_of
 from accuracy.report import Report, write_json
-from accuracy.runner import OutOfTime, Run, Text
+from accuracy.runner import Run, Text
 from accuracy.tasks import RULER, TASKS
 from accuracy.text_quality import KINDS, PROSE, held_out, references
 from rich.console import Console
 from rich.progress import Progress
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer
 
 RETRIEVER = Path(__file__).parent / "accuracy" / "retriever"
@@ -56,6 +57,7 @@ _STANDARD = [FULL, "tailorkv", "paper", "oracle", "quest", "streaming_llm", "sna
 _ALL, _RULER, _NONE = "all", "ruler", "none"
 _COUNTS_FROM_CHAT, _COUNTS_FROM = 0.7, 0.9
 _SPARE_CHAT, _SPARE = 512, 1024
+_INTERRUPTED = "interrupted"
 # What does not change a result, so that a run with another value may go on from its file.
 _LEFT_OUT = {"json", "plot", "list", "model", "hours"}
 
@@ -98,16 +100,55 @@ def _run(args: argparse.Namespace, console: Console, folder: Path) -> None:
         for task in args.tasks
         for answers in args.answers
     ]
+    asked = "as a chat" if form.chat else "as a text to be gone on with"
+    console.print(f"model {model}: {config.num_hidden_layers} layers, asked {asked}")
+
+    run = Run(
+        report,
+        cells,
+        _held_out(args, encoder, folder),
+        model,
+        longest=max(args.lengths) + args.spare_tokens,
+        kv_cache_gib=args.kv_cache_gib,
+        skip_unsolved=args.skip_unsolved,
+        deadline=Deadline(args.hours, report.pieces),
+        saved=lambda: write_json(report, args.json) if args.json else None,
+    )
+    stopped = _shown(run, console, args.hours)
+    _tell(report, console, args)
+    if stopped:
+        again = "the same command goes on" if args.json else "with --json it could go on"
+        console.print(f"{stopped}; {again}")
+    if stopped == _INTERRUPTED:
+        raise SystemExit(130)
+    if report.finished:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _held_out(args: argparse.Namespace, encoder: Tokenizer, folder: Path) -> list[Text]:
+    """The texts of each kind."""
     texts = []
     for kind in args.text:
         seeds = range(args.seed, args.seed + (args.text_samples or args.samples))
         ids = [held_out(encoder, max(args.lengths), seed, kind) for seed in seeds]
         texts.append(Text(kind, ids, references(folder, kind, ids, args.text_steps)))
-    asked = "as a chat" if form.chat else "as a text to be gone on with"
-    console.print(f"model {model}: {config.num_hidden_layers} layers, asked {asked}")
+    return texts
 
+
+def _tell(report: Report, console: Console, args: argparse.Namespace) -> None:
+    """Tables and picture."""
+    report.print(console)
+    if args.json and args.json.exists():
+        console.print(f"written: {args.json}")
+    if args.plot:
+        report.plot(args.plot)
+        console.print(f"drawn: {args.plot}")
+
+
+def _shown(run: Run, console: Console, hours: float | None) -> str:
+    """Runs it under a progress bar; why it stopped before its end, or nothing."""
     with Progress(console=console) as progress:
-        bar = progress.add_task("", total=None)
+        bar = progress.add_task("", total=run.pieces)
 
         def show(what: str | None) -> None:
             if what is None:
@@ -115,39 +156,13 @@ def _run(args: argparse.Namespace, console: Console, folder: Path) -> None:
             else:
                 progress.update(bar, description=what)
 
-        run = Run(
-            report,
-            cells,
-            texts,
-            model,
-            max(args.lengths) + args.spare_tokens,
-            args.kv_cache_gib,
-            args.skip_unsolved,
-            Deadline(args.hours),
-            saved=lambda: write_json(report, args.json) if args.json else None,
-            shown=show,
-        )
-        progress.update(bar, total=run.pieces)
-        stopped = None
         try:
-            run.run()
+            run.run(show)
         except OutOfTime:
-            stopped = f"stopped: the next piece would end after {args.hours:g} hours"
+            return f"stopped: the next piece would end after {hours:g} hours"
         except KeyboardInterrupt:
-            stopped = "interrupted"
-    report.print(console)
-    if args.json and args.json.exists():
-        console.print(f"written: {args.json}")
-    if args.plot:
-        report.plot(args.plot)
-        console.print(f"drawn: {args.plot}")
-    if stopped is not None:
-        again = "the same command goes on" if args.json else "with --json it could go on"
-        console.print(f"{stopped}; {again}")
-    if stopped == "interrupted":
-        raise SystemExit(130)
-    if report.finished:
-        shutil.rmtree(folder, ignore_errors=True)
+            return _INTERRUPTED
+    return ""
 
 
 def _check(args: argparse.Namespace, max_positions: int) -> None:
@@ -193,12 +208,12 @@ def _reference_folder(path: Path | None) -> Iterator[Path]:
 
 
 def _model_folder(name: str) -> Path:
-    """A checkpoint's folder, or one of the names of `benchmarks/models.py`."""
+    """The folder of a name that `benchmarks/models.py` knows; what is none is left as it is."""
     if Path(name).is_dir():
         return Path(name)
-    from models import resolve  # noqa: PLC0415
+    from models import NAMES, resolve  # noqa: PLC0415
 
-    folder: Path = resolve(name)
+    folder: Path = resolve(name) if name in NAMES else Path(name)
     return folder
 
 

@@ -1,38 +1,45 @@
 """Stops a run in time: what a piece of work will take is guessed from what others took."""
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+class OutOfTime(Exception):  # noqa: N818
+    """The next piece of work would end too late."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of work that was done; `size` in tokens, 0 where time does not grow with it."""
+
+    method: str
+    kind: str
+    size: int
+    seconds: float
 
 
 class Deadline:
     """`hours` from now on; None is no limit.
 
-    A piece of work has a kind and a size (tokens). It is expected to take as long as the longest of
-    its kind and size, or else as long for its size as the slowest of any kind; with nothing seen
-    yet, no time.
+    A piece of work is expected to take as long as the longest of its kind and size in `done`, or
+    else as long for its size as the slowest of any kind; with nothing done yet, no time.
     """
 
-    def __init__(self, hours: float | None, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, hours: float | None, done: Sequence[Piece], now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._now = now
         self._end = None if hours is None else now() + 3600 * hours
-        self._took: dict[tuple[str, int], list[float]] = defaultdict(list)
+        self._done = done
 
-    def allows(self, kind: str, size: int) -> bool:
-        """There is time for this."""
-        return self._end is None or self._now() + self.expected(kind, size) <= self._end
+    def check(self, kind: str, size: int) -> None:
+        """Raises OutOfTime if there is no time for this."""
+        if self._end is not None and self._now() + self.expected(kind, size) > self._end:
+            raise OutOfTime
 
     def expected(self, kind: str, size: int) -> float:
         """Seconds."""
-        if (kind, size) in self._took:
-            return max(self._took[kind, size])
-        rates = [max(took) / other for (_, other), took in self._took.items()]
-        return size * max(rates, default=0.0)
-
-    @contextmanager
-    def timed(self, kind: str, size: int) -> Iterator[None]:
-        """The work is done in this block."""
-        started = self._now()
-        yield
-        self._took[kind, size].append(self._now() - started)
+        alike = [x.seconds for x in self._done if (x.kind, x.size) == (kind, size)]
+        rates = [x.seconds / x.size for x in self._done if x.size]
+        return max(alike) if alike else size * max(rates, default=0.0)

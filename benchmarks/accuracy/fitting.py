@@ -44,7 +44,7 @@ def fitted(make: Callable[[int], T], length: int) -> T:
 
 def adds_up(encoder: Tokenizer) -> bool:
     """A newline is a token of its own, so that the tokens of a text are those of its lines."""
-    pieces = ("One line.\n", "Another, (with) marks:\n", "123\n", "a\n")
+    pieces = ("One line.\n", "The next, (with) marks:\n", "  123\n", "-----\n", "a\n", "The end.\n")
     whole = encoder.encode("".join(pieces), add_special_tokens=False).ids
     parts = [encoder.encode(piece, add_special_tokens=False).ids for piece in pieces]
     return bool(whole == [token for part in parts for token in part])

@@ -105,7 +105,9 @@ def form_of(tokenizer: Any, model: Path) -> Form:
     if not tokenizer.chat_template:
         return COMPLETION
     ends = {tokenizer.eos_token_id}
-    if (model / "generation_config.json").exists():
+    try:
         told = GenerationConfig.from_pretrained(model).eos_token_id
-        ends |= set(told if isinstance(told, list) else [told])
+    except OSError:  # it has none
+        told = None
+    ends |= set(told if isinstance(told, list) else [told])
     return Chat(tokenizer, frozenset(ends - {None}))

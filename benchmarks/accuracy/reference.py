@@ -1,6 +1,7 @@
 """What full attention thinks at every step of a text, kept in a file and compared with others."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,10 @@ class Reference:
     def _likeliest(self) -> Path:
         return self.path.with_suffix(".likeliest.npz")
 
+    def forget(self) -> None:
+        """It is not complete any more."""
+        self._likeliest.unlink(missing_ok=True)
+
     def row(self, step: int, vocab_size: int) -> Tensor:
         """The log-probabilities of a step, float32 [V]."""
         kept = np.memmap(self.path, np.float16, "r", shape=(self.steps, vocab_size))
@@ -38,17 +43,15 @@ class Reference:
         row[indices] = values
         return row
 
-    @property
-    def _exact(self) -> list[tuple[Tensor, Tensor]]:
-        if "rows" not in self._cache:
-            with np.load(self._likeliest) as file:
-                pairs = zip(file["indices"], file["values"], strict=True)
-                self._cache["rows"] = [(torch.from_numpy(i), torch.from_numpy(v)) for i, v in pairs]
-        return self._cache["rows"]
+    def complete_with(self, indices: np.ndarray, values: np.ndarray) -> None:
+        """The likeliest tokens of each step and their log-probabilities, both [steps, n]."""
+        np.savez(self._likeliest, indices=indices, values=values)
 
-    _cache: dict[str, list[tuple[Tensor, Tensor]]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    @cached_property
+    def _exact(self) -> list[tuple[Tensor, Tensor]]:
+        with np.load(self._likeliest) as file:
+            pairs = zip(file["indices"], file["values"], strict=True)
+            return [(torch.from_numpy(i), torch.from_numpy(v)) for i, v in pairs]
 
 
 class Recorder:
@@ -59,6 +62,7 @@ class Recorder:
         self._indices: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
         reference.path.parent.mkdir(parents=True, exist_ok=True)
+        reference.forget()
 
     def __call__(self, place: int, logits: Tensor) -> None:
         """See `engine.Watch`."""
@@ -75,8 +79,7 @@ class Recorder:
 
     def finish(self) -> None:
         """All steps were seen."""
-        indices, values = np.stack(self._indices), np.stack(self._values)
-        np.savez(self.reference._likeliest, indices=indices, values=values)
+        self.reference.complete_with(np.stack(self._indices), np.stack(self._values))
 
 
 class Comparison:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from accuracy.attention_level import LayerQuality
+from accuracy.deadline import Piece
 from accuracy.evaluate import GIVEN, Cell, Score
 from accuracy.methods import FULL, Method
 from accuracy.text_quality import Divergence, Likelihood
@@ -43,7 +44,7 @@ class Report:
     divergences: list[Divergence] = field(default_factory=list)
     layers: list[LayerQuality] = field(default_factory=list)
     bytes_per_token: dict[str, dict[str, float]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    pieces: list[Piece] = field(default_factory=list)
     revisions: list[str | None] = field(default_factory=lambda: [revision()])
 
     def resume(self, written: dict[str, Any]) -> None:
@@ -63,8 +64,7 @@ class Report:
         for method in written["methods"]:
             if method["bytes_per_token"] is not None:
                 self.bytes_per_token[method["name"]] = method["bytes_per_token"]
-            if method["seconds"] is not None:
-                self.seconds[method["name"]] = method["seconds"]
+        self.pieces = [_read(Piece, x) for x in written["pieces"]]
         self.revisions = list(dict.fromkeys([*written["revisions"], *self.revisions]))
 
     def has_score(self, method: str, cell: Cell) -> bool:
@@ -157,7 +157,7 @@ class Report:
                     "policy": method.policy,
                     "config": method.config.model_dump(mode="json") if method.config else None,
                     "bytes_per_token": self.bytes_per_token.get(method.name),
-                    "seconds": self.seconds.get(method.name),
+                    "seconds": self._seconds(method.name),
                     "share_of_full": {_name(g): self.share_of_full(method.name, g) for g in groups},
                     "worst_task": {_name(g): self.worst_task(method.name, g) for g in groups},
                 }
@@ -168,8 +168,12 @@ class Report:
             "likelihoods": [asdict(x) | {"mean": x.mean} for x in self.likelihoods],
             "divergences": [asdict(x) for x in self.divergences],
             "attention": self.attention(),
+            "pieces": [asdict(piece) for piece in self.pieces],
             "layers": [asdict(layer) for layer in self.layers],
         }
+
+    def _seconds(self, method: str) -> float:
+        return sum(piece.seconds for piece in self.pieces if piece.method == method)
 
     def print(self, console: Console) -> None:
         """Tables: tasks by method for each length, text, layers."""

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from accuracy.attention_level import observed
-from accuracy.deadline import Deadline
+from accuracy.deadline import Deadline, Piece
 from accuracy.engine import Engine, start
 from accuracy.evaluate import Cell, run_cell
 from accuracy.methods import FULL, Method, selectors_of
@@ -21,8 +21,7 @@ _OBSERVED_STEPS = 64
 _ENGINE = "an engine"
 
 
-class OutOfTime(Exception):  # noqa: N818
-    """The next piece of work would end too late."""
+Show = Callable[[str | None], None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ class Run:
     longest: tokens of the longest request.
     skip_unsolved: other methods are spared what full attention does not solve.
     saved: is called after each piece of work.
-    shown: is told what is done next; None is told when a piece is done.
     """
 
     report: Report
@@ -64,15 +62,17 @@ class Run:
     skip_unsolved: bool
     deadline: Deadline
     saved: Callable[[], None]
-    shown: Callable[[str | None], None]
 
     @property
     def pieces(self) -> int:
         """How many pieces of work there are."""
         return len(self.report.methods) * (len(self.cells) + len(self.texts))
 
-    def run(self) -> None:
+    def run(self, show: Show) -> None:
         """Runs what is not there yet. A context is read once an engine, then asked by each method.
+
+        Args:
+            show: is told what is done next; None is told when a piece is done.
 
         Raises:
             OutOfTime: not all was done.
@@ -83,46 +83,45 @@ class Run:
             return method.options is not None, str(method.engine_options)
 
         for _, served in groupby(sorted(self.report.methods, key=engine_of), engine_of):
-            self._run_engine(list(served))
+            self._run_engine(list(served), show)
         self.report.finished = True
         self.saved()
 
-    def _run_engine(self, methods: list[Method]) -> None:
+    def _run_engine(self, methods: list[Method], show: Show) -> None:
         """Everything that methods which share an engine have still to do."""
-        jobs = [(what, method) for what in (*self.cells, *self.texts) for method in methods]
+        everything: list[Cell | Text] = [*self.cells, *self.texts]
+        jobs = [(what, method) for what in everything for method in methods]
         todo = [(what, method) for what, method in jobs if self._wanted(what, method)]
         for _ in range(len(jobs) - len(todo)):
-            self.shown(None)
+            show(None)
         if not todo:
             return
         with ExitStack() as stack:
-            with self._piece(f"{_ENGINE} starts", _ENGINE, 1):
-                options = methods[0].engine_options
-                engine = stack.enter_context(
-                    start(str(self.model), self.longest, self.kv_cache_gib, options)
-                )
+            options = methods[0].engine_options
+            started = self._begin(show, f"{_ENGINE} starts", _ENGINE, 0)
+            engine = stack.enter_context(
+                start(str(self.model), self.longest, self.kv_cache_gib, options)
+            )
+            self._end(methods[0], _ENGINE, 0, started)
             selectors = {method.name: selectors_of(method, engine) for method in methods}
             for what, method in todo:
                 if method.options is not None:
                     engine.configure(method.options, selectors[method.name])
                     self.report.bytes_per_token[method.name] = engine.bytes_per_token()
                 label = _label(what)
-                started = time.monotonic()
-                with self._piece(f"{method.name}: {label}", label, what.length):
-                    self._do(engine, what, method)
-                spent = self.report.seconds.get(method.name, 0.0) + time.monotonic() - started
-                self.report.seconds[method.name] = spent
+                started = self._begin(show, f"{method.name}: {label}", label, what.length)
+                self._do(engine, what, method)
+                self._end(method, label, what.length, started)
                 self.saved()
-                self.shown(None)
+                show(None)
 
-    def _piece(self, shown: str, kind: str, size: int) -> "ExitStack":
-        """The block is a piece of work; raises OutOfTime if there is no time for it."""
-        if not self.deadline.allows(kind, size):
-            raise OutOfTime
-        self.shown(shown)
-        stack = ExitStack()
-        stack.enter_context(self.deadline.timed(kind, size))
-        return stack
+    def _begin(self, show: Show, shown: str, kind: str, size: int) -> float:
+        self.deadline.check(kind, size)
+        show(shown)
+        return time.monotonic()
+
+    def _end(self, method: Method, kind: str, size: int, started: float) -> None:
+        self.report.pieces.append(Piece(method.name, kind, size, time.monotonic() - started))
 
     def _wanted(self, what: Cell | Text, method: Method) -> bool:
         """It is to be done, and is not there yet."""

@@ -101,14 +101,17 @@ def likelihood(
     for ids, reference in zip(texts, kept, strict=True):
         begin = len(ids) - reference.steps - 1
         engine.restart(_OBSERVED)
-        recorder, comparison = Recorder(reference), Comparison(reference)
-        watches = [recorder] if record else [comparison] if reference.complete else []
+        watch: Recorder | Comparison | None = None
+        if record:
+            watch = Recorder(reference)
+        elif reference.complete:
+            watch = Comparison(reference)
+            comparisons.append(watch)
+        watches = [] if watch is None else [watch]
         (decoded,) = engine.decode(ids[:begin], [ids[begin:]], logprobs=True, watches=watches)
         logprobs.append(decoded.logprobs[1:])
-        if record:
-            recorder.finish()
-        elif watches:
-            comparisons.append(comparison)
+        if isinstance(watch, Recorder):
+            watch.finish()
     found = Likelihood(method, len(texts[0]), stretch, _stretches(logprobs, stretch), kind)
     if len(comparisons) < len(texts):
         return found, None

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
-from accuracy.engine import FREE, Decoded
+from accuracy.engine import Decoded
 from accuracy.evaluate import ANSWERS, GIVEN, WRITTEN, make_cell, run_cell
 from accuracy.methods import parse_method
+from accuracy.prompts import form_of
+from accuracy.scripts import FREE, Script
 from accuracy.tasks import TASKS
+from chat import chat_tokenizer
 from tokenizers import Tokenizer
 
 TOKENIZER = Path(__file__).parents[2] / "benchmarks/accuracy/retriever/tokenizer.json"
@@ -24,7 +27,7 @@ class Stub:
     def restart(self, question_tokens):
         self.restarts.append(question_tokens)
 
-    def decode(self, context, scripts, *, logprobs=False):
+    def decode(self, context, scripts, *, logprobs=False, ends=frozenset()):
         self.batches.append(len(scripts))
         return [self._follow(script) for script in scripts]
 
@@ -73,7 +76,7 @@ def test_what_a_list_has_still_to_say_is_right():
     (tokens,) = cell.contexts
     last = tokens.scripts[0][list(*tokens.asked)[-2]]
     stub = Stub()
-    stub.decode = lambda context, scripts, logprobs: [
+    stub.decode = lambda context, scripts, logprobs, ends: [
         Decoded(script, [0.0] * len(script), [last] * len(script)) for script in scripts
     ]
     assert run_cell(stub, FULL, cell, ENCODER.decode).values == (0.5,)
@@ -99,3 +102,57 @@ def test_policies_that_remember_are_asked_one_question_at_a_time(answers):
 def test_a_method_that_wrote_no_answer_scores_nothing():
     cell = cell_of("copy", WRITTEN, 2)
     assert run_cell(Stub(["", ""]), FULL, cell, ENCODER.decode).mean == 0
+
+
+CHAT = chat_tokenizer()
+
+
+class Chatting:
+    """Writes `answers` in turn, each until it ends, and then nothing but "!"."""
+
+    one_at_a_time = False
+
+    def __init__(self, answers):
+        self.answers = list(answers)
+
+    def restart(self, question_tokens):
+        pass
+
+    def decode(self, context, scripts, *, logprobs, ends):
+        return [self._follow(Script(script, ends)) for script in scripts]
+
+    def _follow(self, script):
+        ids, written = [], []
+        while not script.over:
+            token = script.wanted
+            if token == FREE:
+                if not written:
+                    written = [*CHAT.encode(self.answers.pop(0)), CHAT.eos_token_id]
+                token = written.pop(0)
+            ids.append(token)
+            script.advance(token)
+        return Decoded(ids, [0.0] * len(ids), ids)
+
+
+@pytest.mark.parametrize("task", ["single_2", "multikey_3", "multi_turn", "table_to_json"])
+def test_answers_of_a_chat_are_read_up_to_their_end(task):
+    form = form_of(CHAT, Path("none"))
+    cell = make_cell(CHAT.backend_tokenizer, task, 2048, 1, 2, 0, WRITTEN, form)
+    turns = cell.contexts[0].example.turns
+    right = [turn.answer for turn in turns]
+    assert run_cell(Chatting(right), FULL, cell, CHAT.decode).values == (1,) * len(turns)
+    silent = Chatting(["", *right[1:]])
+    expected = (0, *[1 for _ in right[1:]])
+    assert run_cell(silent, FULL, cell, CHAT.decode).values == expected
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_given_answers_of_a_chat(task):
+    form = form_of(CHAT, Path("none"))
+    cell = make_cell(CHAT.backend_tokenizer, task, 2048, 1, 2, 0, GIVEN, form)
+    (tokens,) = cell.contexts
+    script = [token for script in tokens.scripts for token in script]
+    for turn, asked in zip(tokens.example.turns, tokens.asked, strict=True):
+        said = CHAT.decode([script[i] for i in asked]).replace("\n", "")
+        assert all(reference in said for reference in turn.references)
+    assert set(run_cell(Chatting([]), FULL, cell, CHAT.decode).values) == {1}

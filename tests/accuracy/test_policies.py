@@ -3,53 +3,16 @@
 import pytest
 import torch
 from accuracy.policies import POLICIES, Policy, SnapKV, as_indices
+from selection import GROUP, HEADS, TAIL, make_layer, true_weights
 
-from vllm_tailorkv.attention.metadata import DecodeRows
-from vllm_tailorkv.attention.selection import Layer, Pages, retrieve
-from vllm_tailorkv.attention.workspace import Workspace
-from vllm_tailorkv.cache.views import derived_pages, host_pages
-from vllm_tailorkv.config import load_config
-from vllm_tailorkv.kernels import ops
-from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
-
-HEADS, GROUP, SIZE, BLOCK, LENGTH, TAIL = 2, 3, 64, 128, 500, 440
-OPTIONS = {"topk_tokens": 32, "rerank_factor": 1}
+from vllm_tailorkv.attention.selection import retrieve
+from vllm_tailorkv.layout import KeyLayout
 
 
-def make_layer(
-    key_layout: KeyLayout = KeyLayout.CHANNEL_MAJOR, **options: object
-) -> tuple[Layer, DecodeRows, torch.Tensor, torch.Tensor]:
-    """A layer with one row of tokens in scattered blocks; its K [Hk, L, d] and a query."""
-    layout = PageLayout(DerivedKind.ONEBIT, HEADS, SIZE, BLOCK, 64, 1, 4, key_layout)
-    raw = torch.full((5, layout.host_bytes + layout.derived_bytes), 0xFF, dtype=torch.uint8)
-    host = host_pages(raw[:, : layout.host_bytes], layout, torch.float32)
-    derived = derived_pages(raw[:, layout.host_bytes :], layout, torch.float32)
-    table = torch.tensor([[3, 0, 4, 1]], dtype=torch.int32)
-    generator = torch.Generator().manual_seed(0)
-    key, value = torch.randn(2, LENGTH, HEADS, SIZE, generator=generator)
-    positions = torch.arange(LENGTH)
-    slots = table[0, positions // BLOCK].long() * BLOCK + positions % BLOCK
-    ops.write_kv(key, value, host.key, host.value, slots)
-    groups = torch.tensor([b * 2 + g for b in table[0].tolist() for g in (0, 1)][: LENGTH // 64])
-    ops.quantize_groups(groups, host.key, host.value, derived)
-    config = load_config({"index": "onebit", **OPTIONS, **options})
-    layer = Layer(Pages(host, derived), config, 0.125, 0.0, Workspace())
-    lengths = torch.tensor([LENGTH], dtype=torch.int32)
-    rows = DecodeRows(None, lengths, table, torch.tensor([TAIL], dtype=torch.int32), TAIL)
-    query = torch.randn(1, HEADS * GROUP, SIZE, generator=generator)
-    return layer, rows, key.transpose(0, 1), query
-
-
-def true_weights(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Attention over the middle, summed over the heads of a KV head: [Hk, TAIL - 8]."""
-    grouped = query[0].unflatten(0, (HEADS, GROUP))
-    scores = torch.einsum("hgd,hnd->hgn", grouped, key[:, 8:TAIL]) * 0.125
-    return scores.softmax(-1).sum(1)
-
-
+@pytest.mark.parametrize("group", [1, GROUP, 7])
 @pytest.mark.parametrize("name", POLICIES)
-def test_choices_are_distinct_middle_tokens_within_budget(name):
-    layer, rows, _, query = make_layer()
+def test_choices_are_distinct_middle_tokens_within_budget(name, group):
+    layer, rows, _, query = make_layer(group=group)
     policy = POLICIES[name]()
     if isinstance(policy, Policy) and policy.stateful:
         policy.restart(1)

@@ -15,12 +15,18 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("accuracy")
     command = [sys.executable, "benchmarks/accuracy.py", "--quick"]
     command += ["--json", str(folder / "out.json"), "--plot", str(folder / "out.png")]
-    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+    done = run(command)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "out.json").read_text()) | {
         "printed": done.stdout,
         "picture": (folder / "out.png").read_bytes()[:4],
+        "command": command,
+        "files": sorted(path.name for path in folder.iterdir()),
     }
+
+
+def run(command):
+    return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("group", ["4096", "4096 given"])
@@ -42,7 +48,9 @@ def test_layers_tell_what_was_kept(report):
     assert methods == {"tailorkv", "paper", "oracle", "streaming_llm"}
     for (method, layer), found in layers.items():
         assert 0 <= found["recall"] <= 1 and 0 < found["mass"] <= 1 + 1e-6
+        assert 0 < found["of_oracle"] <= 1 + 1e-6 and len(found["heads"]) == 2
         if method == "oracle":
+            assert found["of_oracle"] == pytest.approx(1)
             assert found["recall"] == 1
             assert found["mass"] >= layers["streaming_llm", layer]["mass"] - 1e-6
 
@@ -55,3 +63,29 @@ def test_writes_everything_down(report):
     assert methods["full"]["config"] is None
     assert methods["tailorkv"]["bytes_per_token"]["host"] > 0
     assert {x["method"] for x in report["likelihoods"]} == set(methods)
+
+
+def test_distance_from_full_attention(report):
+    found = {x["method"]: x for x in report["divergences"]}
+    assert set(found) == {"tailorkv", "paper", "oracle", "streaming_llm"}
+    assert all(x["steps"] == 64 and x["low"] <= x["mean"] <= x["high"] for x in found.values())
+    assert -1e-4 < found["tailorkv"]["mean"] < found["streaming_llm"]["mean"]
+    assert found["tailorkv"]["agreement"] > found["streaming_llm"]["agreement"]
+
+
+def test_a_finished_run_is_not_run_again(report):
+    """No engine is started: it takes seconds, and says the same."""
+    assert report["finished"] and report["files"] == ["out.json", "out.png"]
+    path = Path(report["command"][-3])
+    before = json.loads(path.read_text())
+    again = run(report["command"])
+    assert again.returncode == 0 and "goes on from" in again.stdout
+    assert json.loads(path.read_text())["scores"] == before["scores"]
+    assert "Loading safetensors" not in again.stderr
+
+
+def test_other_arguments_are_refused_in_a_line(report):
+    other = run([*report["command"], "--seed", "1"])
+    assert other.returncode == 1
+    (line,) = [line for line in other.stderr.splitlines() if "accuracy.py:" in line]
+    assert "seed 0, not 1" in line and "name another file" in line

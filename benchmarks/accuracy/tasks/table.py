@@ -21,9 +21,10 @@ class JsonTurn(Turn):
     def score(self, completion: str) -> float:
         """Share of the fields that stand under their names in the object of their row.
 
-        What goes before the first object is not read. An object may lack its end.
+        What goes before the first object with a field is not read. An object may lack its end.
         """
-        objects = [dict(_FIELD.findall(body)) for body in (self.begun + completion).split("{")[1:]]
+        bodies = map(_FIELD.findall, (self.begun + completion).split("{")[1:])
+        objects = [dict(fields) for fields in bodies if fields]
         right = 0
         for place, reference in enumerate(self.references):
             row, field = divmod(place, len(FIELDS))
@@ -31,7 +32,7 @@ class JsonTurn(Turn):
         return right / len(self.references)
 
 
-_FIELD = re.compile(r'"(\w+)"\s*:\s*"?([^",}\n]*[^",}\s])"?')
+_FIELD = re.compile(r'"(\w+)"\s*:\s*"?([\w.-]+(?: [\w.-]+)*)"?')
 
 
 @dataclass(frozen=True)
