@@ -20,7 +20,7 @@ def used_bytes(layout: PageLayout) -> int:
     """The bytes of a record before padding, written out."""
     d, g, bits = layout.head_size, layout.group_size, layout.bits
     if layout.kind is DerivedKind.CHANNELS:
-        return d * layout.kv_itemsize
+        return 2 * d * layout.kv_itemsize
     if layout.kind is DerivedKind.ONEBIT:
         return d * g // 8 + 2 * 2 * d
     keys = d * g * bits // 8 + 2 * 2 * d
@@ -91,7 +91,7 @@ def test_regions_and_records_are_aligned() -> None:
         (DerivedKind.DENSE, 2, 8 * (2 * 32 + 512 // 64 + 8)),
         (DerivedKind.DENSE, 4, 8 * (2 * 64 + 512 // 64 + 8)),
         (DerivedKind.ONEBIT, 2, 8 * (16 + 512 // 64)),
-        (DerivedKind.CHANNELS, 2, 8 * 256 // 64),
+        (DerivedKind.CHANNELS, 2, 8 * 512 // 64),
     ],
 )
 def test_bytes_of_a_token(kind: DerivedKind, bits: int, bytes_per_token: int) -> None:
