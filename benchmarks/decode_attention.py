@@ -58,7 +58,9 @@ def main() -> None:
             inputs = Inputs(SHAPES[args.shape], context, args.batch)
             for case in CASES:
                 head = {"shape": args.shape, "layer": case.layer, "index": case.index}
-                name = decode_name(head | {"bits": case.bits, "selected": case.selected, "rerank": case.rerank})
+                name = decode_name(
+                    head | {"bits": case.bits, "selected": case.selected, "rerank": case.rerank}
+                )
                 bar.update(task, description=f"{context:,} tokens: {name}")
                 lines.add(head | measure(inputs, case, args.seconds, bandwidth))
                 bar.advance(task)

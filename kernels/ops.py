@@ -55,8 +55,8 @@ def quantize_groups(
 
     - without `fit`, as published, they span the extremes of the group:
       `scale = (max - min) / (2^b - 1)`, `zero = min`;
-    - with `fit`, for K at one and two bits and V at one, they are the least squares line from rough codes to x, which
-      leaves half the error: `u = round_half_even((x - min) / ((max - min) / 1023))`; the rough
+    - with `fit`, for K at one and two bits and V at one, they are the least squares line from rough
+      codes to x, which leaves half the error: `u = round_half_even((x - min) / ((max - min) / 1023))`; the rough
       code is how many of 512 (one bit), or of 239, 512 and 785 (two bits: four fifths of the
       range), u reaches. The line is that from rough codes to u, so all its sums are integers and
       exact. Where the step between extremes is 0 or beyond float16, they are spanned. V at two
@@ -142,8 +142,8 @@ def score_tokens(
     With a `ChannelIndex`, only the `critical_channels` channels with the largest `max_i
     |q_i| * (max_t K[t] - min_t K[t])` count (the lower channel first among equals), and they are
     read from the host pages. The extremes are those of every s-th of the n groups that overlap
-    `[0, tail_start)`, from the first one on, `s = ceil(n / SPREAD_GROUPS)`: a channel that is large and
-    constant, as a bias of K makes it, tells no token from another.
+    `[0, tail_start)`, from the first one on, `s = ceil(n / SPREAD_GROUPS)`: a channel that is large
+    and constant, as a bias of K makes it, tells no token from another.
 
     Args:
         scores: float32 [R, Hk, S], S >= max(tail_start); entry t is written for
@@ -247,8 +247,8 @@ def refine_topk(
     A candidate's weight is its share of the attention among the candidates (softmax of `q.k *
     scale` with K in full precision), summed over the query heads of the KV head. Only the
     `channels` channels with the largest `max over heads |q_c| * (max K_c[s] - min K_c[s])` are read
-    (the lower channel first among equals), where s are 16 candidates spread evenly: candidates `i * n
-    // m` for i < m = min(16, n), n being how many there are.
+    (the lower channel first among equals), where s are 16 candidates spread evenly: candidates
+    `i * n // m` for i < m = min(16, n), n being how many there are.
 
     Args:
         indices: int32 [R, Hk, k]; positions in ascending order, then -1 where there are fewer

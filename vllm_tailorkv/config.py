@@ -50,8 +50,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Values of options by preset, where they are not given and not the default.
 
-`fast` and `accurate` read fewer and more tokens than the default. `paper` is the published setting of
-LongBench's experiments (TailorKV-2), `paper-long` that of RULER's.
+`fast` and `accurate` read fewer and more tokens than the default. `paper` is the published setting
+of LongBench's experiments (TailorKV-2), `paper-long` that of RULER's.
 """
 
 

@@ -242,8 +242,7 @@ def base_name(model: str) -> str:
 def layer_plan(profile: str | DensePlan | None, shape: ModelShape) -> LayerPlan:
     """The plan of a model: as asked, else beside it, else as known, else no dense layer.
 
-    A layer that is sparse reads the same tokens whatever it is, so nothing is guessed: a layer taken
-    for dense that is not loses what it looks for, at any budget.
+    Nothing is guessed: a layer wrongly taken for dense loses what it looks for, at any budget.
 
     Raises:
         TailorKVError: the profile asked for or found does not fit the model.

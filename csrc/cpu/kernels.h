@@ -68,7 +68,7 @@ struct QuantizeGroups {
   int64_t num_groups;
   const int64_t* groups;  // [N]
   Cache key_cache, value_cache;
-  Codes key, value;      // value with kDense, key with kDense and kOnebit
+  Codes key, value;        // value with kDense, key with kDense and kOnebit
   Records<void> extremes;  // [NB, Hk, G, 2, d] of the caches' dtype, with kChannels
 };
 

@@ -233,20 +233,23 @@ void reduce_channels(const Tensor& groups, const Tensor& key_cache, const Tensor
           "extremes", "[NB, Hk, G, 2, d] with contiguous last axes");
   // Of two channels a thread writes both at once.
   for (int64_t axis = 0; axis < 3; ++axis) {
-    REQUIRE(extremes.stride(axis) * bytes % 4 == 0, "extremes", "aligned to 4 bytes in each stride");
+    REQUIRE(extremes.stride(axis) * bytes % 4 == 0, "extremes",
+            "aligned to 4 bytes in each stride");
   }
-  REQUIRE(reinterpret_cast<uintptr_t>(extremes.data_ptr()) % 4 == 0, "extremes", "aligned to 4 bytes");
+  REQUIRE(reinterpret_cast<uintptr_t>(extremes.data_ptr()) % 4 == 0, "extremes",
+          "aligned to 4 bytes");
   const int32_t device = device_of(extremes, "extremes");
   require_on_device(groups, "groups", device);
   if (groups.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(device);
   pages = readable(pages, key_cache, "key_cache", device);
-  require_launched(tailorkv::cuda::reduce_channels(
-                       {bytes, size(key_cache, 1), size(key_cache, 3), group_size, groups_per_block,
-                        groups.size(0), static_cast<const int64_t*>(groups.data_ptr()), pages,
-                        extremes.data_ptr(), extremes.stride(0), extremes.stride(1), extremes.stride(2)},
-                       current_stream(device)),
-                   "reduce_channels");
+  require_launched(
+      tailorkv::cuda::reduce_channels(
+          {bytes, size(key_cache, 1), size(key_cache, 3), group_size, groups_per_block,
+           groups.size(0), static_cast<const int64_t*>(groups.data_ptr()), pages,
+           extremes.data_ptr(), extremes.stride(0), extremes.stride(1), extremes.stride(2)},
+          current_stream(device)),
+      "reduce_channels");
 }
 
 std::string archs() { return tailorkv::cuda::architectures(); }

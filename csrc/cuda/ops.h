@@ -54,7 +54,7 @@ struct ReduceChannels {
   int64_t num_groups;
   const int64_t* groups;  // [N], block * G + group
   Pages key_cache;        // its tokens or its channels are contiguous
-  void* extremes;           // [NB, Hk, G, 2, d]
+  void* extremes;         // [NB, Hk, G, 2, d]
   int64_t extremes_block, extremes_head, extremes_group;
 };
 

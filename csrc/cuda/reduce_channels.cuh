@@ -58,8 +58,7 @@ struct Extremes {
 };
 
 template <int ItemBytes>
-__device__ __forceinline__ void take_words(Extremes<ItemBytes> (&found)[kWords],
-                                           const void* from) {
+__device__ __forceinline__ void take_words(Extremes<ItemBytes> (&found)[kWords], const void* from) {
   const uint4 read = __ldcs(static_cast<const uint4*>(from));
   const uint32_t words[kWords] = {in_order<ItemBytes>(read.x), in_order<ItemBytes>(read.y),
                                   in_order<ItemBytes>(read.z), in_order<ItemBytes>(read.w)};

@@ -226,7 +226,9 @@ def _reduce_channels(
     at = key + block * key_block + head * key_head
     at += tokens[:, None] * key_token + channels[None, :] * key_channel
     x = tl.load(at, mask=kept[None, :], other=0.0).to(tl.float32)
-    at = extremes + block * extremes_block + head * extremes_head + group * extremes_group + channels
+    at = (
+        extremes + block * extremes_block + head * extremes_head + group * extremes_group + channels
+    )
     tl.store(at, tl.min(x, 0).to(extremes.dtype.element_ty), mask=kept)
     tl.store(at + HEAD_SIZE, tl.max(x, 0).to(extremes.dtype.element_ty), mask=kept)
 

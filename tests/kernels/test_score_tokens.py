@@ -130,8 +130,9 @@ def test_constant_channels_tell_nothing(fast, build_context, error_of):
 def test_spread_is_sampled(fast, build_context, error_of):
     """Of more than 256 groups every second one tells the spread."""
     length = 32 * 300
-    context = build_context([length], kind=DerivedKind.CHANNELS, heads=1, group_size=32,
-                            dtype=torch.float32)
+    context = build_context(
+        [length], kind=DerivedKind.CHANNELS, heads=1, group_size=32, dtype=torch.float32
+    )
     extremes = context.cache.derived.extremes
     extremes[..., 0, :] = 0.0
     extremes[..., 1, :] = torch.arange(64.0)
