@@ -56,12 +56,12 @@ def quantize_groups(
     - without `fit`, as published, they span the extremes of the group:
       `scale = (max - min) / (2^b - 1)`, `zero = min`;
     - with `fit`, for K at one and two bits and V at one, they are the least squares line from rough
-      codes to x, which leaves half the error: `u = round_half_even((x - min) / ((max - min) / 1023))`; the rough
-      code is how many of 512 (one bit), or of 239, 512 and 785 (two bits: four fifths of the
-      range), u reaches. The line is that from rough codes to u, so all its sums are integers and
-      exact. Where the step between extremes is 0 or beyond float16, they are spanned. V at two
-      bits is spanned: fitted, it would cut off channels that are large in every token, a bias
-      that no number of tokens averages away.
+      codes to x, which leaves half the error:
+      `u = round_half_even((x - min) / ((max - min) / 1023))`; the rough code is how many of 512
+      (one bit), or of 239, 512 and 785 (two bits: four fifths of the range), u reaches. The line is
+      that from rough codes to u, so all its sums are integers and exact. Where the step between
+      extremes is 0 or beyond float16, they are spanned. V at two bits is spanned: fitted, it would
+      cut off channels that are large in every token, a bias that no number of tokens averages away.
 
     All implementations agree to the bit. An index of channels gets the smallest and the largest K
     of each channel, exactly.
