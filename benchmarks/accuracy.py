@@ -33,7 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from accuracy.deadline import Deadline, OutOfTime
 from accuracy.evaluate import ANSWERS, WRITTEN, make_cell
-from accuracy.methods import FULL, METHODS, parse_method
+from accuracy.methods import FULL, METHODS, Method, parse_method
 from accuracy.prompts import form_of
 from accuracy.report import Report, write_json
 from accuracy.runner import Run, Text
@@ -70,14 +70,28 @@ def main() -> None:
         console.print(f"methods: {', '.join(METHODS)}\ntasks:   {', '.join(TASKS)}")
         console.print(f"         {_RULER}: {', '.join(RULER)}")
         return
-    try:
-        with _reference_folder(args.json) as folder:
-            _run(args, console, folder)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"accuracy.py: {error}") from None
+    with _reference_folder(args.json) as folder:
+        try:
+            run = _prepared(args, console, folder)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"accuracy.py: {error}") from None
+        stopped = _shown(run, console, args.hours)
+        _tell(run.report, console, args)
+        if stopped:
+            again = "the same command goes on" if args.json else "with --json it could go on"
+            console.print(f"{stopped}; {again}")
+        if stopped == _INTERRUPTED:
+            raise SystemExit(130)
+        if run.report.finished:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(args: argparse.Namespace, console: Console, folder: Path) -> None:
+def _prepared(args: argparse.Namespace, console: Console, folder: Path) -> Run:
+    """What is to be run, with what a file has of it already.
+
+    Raises:
+        ValueError, OSError: arguments that do not go together, a bad model or file.
+    """
     model = _model_folder(args.model)
     config = AutoConfig.from_pretrained(model).get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -100,10 +114,11 @@ def _run(args: argparse.Namespace, console: Console, folder: Path) -> None:
         for task in args.tasks
         for answers in args.answers
     ]
+    _tell_exact(methods, args.lengths, console)
     asked = "as a chat" if form.chat else "as a text to be gone on with"
     console.print(f"model {model}: {config.num_hidden_layers} layers, asked {asked}")
 
-    run = Run(
+    return Run(
         report,
         cells,
         _held_out(args, encoder, folder),
@@ -114,15 +129,6 @@ def _run(args: argparse.Namespace, console: Console, folder: Path) -> None:
         deadline=Deadline(args.hours, report.pieces),
         saved=lambda: write_json(report, args.json) if args.json else None,
     )
-    stopped = _shown(run, console, args.hours)
-    _tell(report, console, args)
-    if stopped:
-        again = "the same command goes on" if args.json else "with --json it could go on"
-        console.print(f"{stopped}; {again}")
-    if stopped == _INTERRUPTED:
-        raise SystemExit(130)
-    if report.finished:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _held_out(args: argparse.Namespace, encoder: Tokenizer, folder: Path) -> list[Text]:
@@ -136,13 +142,24 @@ def _held_out(args: argparse.Namespace, encoder: Tokenizer, folder: Path) -> lis
 
 
 def _tell(report: Report, console: Console, args: argparse.Namespace) -> None:
-    """Tables and picture."""
+    """Tables and a picture."""
     report.print(console)
     if args.json and args.json.exists():
         console.print(f"written: {args.json}")
     if args.plot:
         report.plot(args.plot)
         console.print(f"drawn: {args.plot}")
+
+
+def _tell_exact(methods: list[Method], lengths: list[int], console: Console) -> None:
+    """A warning where methods have nothing to select."""
+    for length in sorted(lengths):
+        exact = [m.name for m in methods if m.config and m.config.exact_below >= length]
+        if exact:
+            console.print(
+                f"at {length:,} tokens {', '.join(exact)} attend in full, so nothing is compared; "
+                "full_attention_below=0 changes that"
+            )
 
 
 def _shown(run: Run, console: Console, hours: float | None) -> str:
