@@ -33,7 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from accuracy.deadline import Deadline, OutOfTime
 from accuracy.evaluate import ANSWERS, WRITTEN, make_cell
-from accuracy.methods import FULL, METHODS, parse_method
+from accuracy.methods import FULL, METHODS, Method, parse_method
 from accuracy.prompts import form_of
 from accuracy.report import Report, write_json
 from accuracy.runner import Run, Text
@@ -58,6 +58,8 @@ _ALL, _RULER, _NONE = "all", "ruler", "none"
 _COUNTS_FROM_CHAT, _COUNTS_FROM = 0.7, 0.9
 _SPARE_CHAT, _SPARE = 512, 1024
 _INTERRUPTED = "interrupted"
+# 700 words by decode steps, for every method: left out where it is to be quick.
+_SLOW = ("late_recall",)
 # What does not change a result, so that a run with another value may go on from its file.
 _LEFT_OUT = {"json", "plot", "list", "model", "hours"}
 
@@ -70,14 +72,28 @@ def main() -> None:
         console.print(f"methods: {', '.join(METHODS)}\ntasks:   {', '.join(TASKS)}")
         console.print(f"         {_RULER}: {', '.join(RULER)}")
         return
-    try:
-        with _reference_folder(args.json) as folder:
-            _run(args, console, folder)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"accuracy.py: {error}") from None
+    with _reference_folder(args.json) as folder:
+        try:
+            run = _prepared(args, console, folder)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"accuracy.py: {error}") from None
+        stopped = _shown(run, console, args.hours)
+        _tell(run.report, console, args)
+        if stopped:
+            again = "the same command goes on" if args.json else "with --json it could go on"
+            console.print(f"{stopped}; {again}")
+        if stopped == _INTERRUPTED:
+            raise SystemExit(130)
+        if run.report.finished:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(args: argparse.Namespace, console: Console, folder: Path) -> None:
+def _prepared(args: argparse.Namespace, console: Console, folder: Path) -> Run:
+    """What is to be run, with what a file has of it already.
+
+    Raises:
+        ValueError, OSError: arguments that do not go together, a bad model or file.
+    """
     model = _model_folder(args.model)
     config = AutoConfig.from_pretrained(model).get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -100,10 +116,11 @@ def _run(args: argparse.Namespace, console: Console, folder: Path) -> None:
         for task in args.tasks
         for answers in args.answers
     ]
+    _tell_exact(methods, args.lengths, console)
     asked = "as a chat" if form.chat else "as a text to be gone on with"
     console.print(f"model {model}: {config.num_hidden_layers} layers, asked {asked}")
 
-    run = Run(
+    return Run(
         report,
         cells,
         _held_out(args, encoder, folder),
@@ -114,15 +131,6 @@ def _run(args: argparse.Namespace, console: Console, folder: Path) -> None:
         deadline=Deadline(args.hours, report.pieces),
         saved=lambda: write_json(report, args.json) if args.json else None,
     )
-    stopped = _shown(run, console, args.hours)
-    _tell(report, console, args)
-    if stopped:
-        again = "the same command goes on" if args.json else "with --json it could go on"
-        console.print(f"{stopped}; {again}")
-    if stopped == _INTERRUPTED:
-        raise SystemExit(130)
-    if report.finished:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _held_out(args: argparse.Namespace, encoder: Tokenizer, folder: Path) -> list[Text]:
@@ -136,13 +144,24 @@ def _held_out(args: argparse.Namespace, encoder: Tokenizer, folder: Path) -> lis
 
 
 def _tell(report: Report, console: Console, args: argparse.Namespace) -> None:
-    """Tables and picture."""
+    """Tables and a picture."""
     report.print(console)
     if args.json and args.json.exists():
         console.print(f"written: {args.json}")
     if args.plot:
         report.plot(args.plot)
         console.print(f"drawn: {args.plot}")
+
+
+def _tell_exact(methods: list[Method], lengths: list[int], console: Console) -> None:
+    """A warning where methods have nothing to select."""
+    for length in sorted(lengths):
+        exact = [m.name for m in methods if m.config and m.config.exact_below >= length]
+        if exact:
+            console.print(
+                f"at {length:,} tokens {', '.join(exact)} attend in full, so nothing is compared; "
+                "full_attention_below=0 changes that"
+            )
 
 
 def _shown(run: Run, console: Console, hours: float | None) -> str:
@@ -231,7 +250,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tasks",
         type=_tasks,
-        default=list(TASKS),
         help=f"default: {_ALL}; {_RULER}: its eleven; {_NONE}",
     )
     parser.add_argument("--lengths", type=_numbers, default=[16384], help="tokens of a context")
@@ -271,6 +289,8 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         vars(args).update(QUICK)
+    if args.tasks is None:
+        args.tasks = [task for task in TASKS if not (args.quick and task in _SLOW)]
     return args
 
 
