@@ -32,7 +32,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], list[str]]] = [
     ("fp8 cache", {}, {"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8", "auto"]),
     ("another cache dtype", {}, {"kv_cache_dtype": "bfloat16"}, ["bfloat16", "torch.float32"]),
     ("connector", {}, {"kv_transfer_config": CONNECTOR}, ["KV connectors", "--kv-transfer-config"]),
-    ("channels", {"critical_channels": 65}, {}, ["critical_channels=65", "64"]),
+    (
+        "channels",
+        {"index": "channels", "critical_channels": 65},
+        {},
+        ["critical_channels=65", "64"],
+    ),
     (
         "host pool",
         {"placement": "split", "host_pool_gib": 0.001},
@@ -91,7 +96,7 @@ def test_profile_of_this_model(random_llama: Path, tmp_path: Path) -> None:
 
 def test_cache_too_small(random_llama: Path) -> None:
     with (
-        pytest.raises(TailorKVError, match=r"--kv-cache-memory-bytes .* --max-model-len to 640"),
+        pytest.raises(TailorKVError, match=r"--kv-cache-memory-bytes .* --max-model-len to 512"),
         engine(random_llama, {}, kv_cache_memory_bytes=4 << 20),
     ):
         pass
