@@ -51,7 +51,8 @@ def test_layers_tell_what_was_kept(report):
         assert 0 < found["of_oracle"] <= 1 + 1e-6 and len(found["heads"]) == 2
         if method == "oracle":
             assert found["of_oracle"] == pytest.approx(1)
-            assert found["recall"] == 1
+            # Tokens that weigh nothing are alike to it.
+            assert found["recall"] > 0.99
             assert found["mass"] >= layers["streaming_llm", layer]["mass"] - 1e-6
 
 
