@@ -27,6 +27,8 @@ class VllmCache:
     def __init__(self, shape: Shape, num_blocks: int, kv_cache_dtype: str) -> None:
         self.kv_cache_dtype = kv_cache_dtype
         self.isa = _get_attn_isa(DTYPE, BLOCK_SIZE, shape.head_size, kv_cache_dtype)
+        if self.isa == "amx" and not torch.cpu._init_amx():
+            raise SystemExit("this system does not let processes use AMX")
         dtype = DTYPE if kv_cache_dtype == "auto" else STR_DTYPE_TO_TORCH_DTYPE[kv_cache_dtype]
         pages = torch.zeros(
             num_blocks, shape.kv_heads, 2 * BLOCK_SIZE, shape.head_size, dtype=dtype
