@@ -43,8 +43,8 @@ PAPER: dict[str, Any] = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {"topk_tokens": 128, "rerank_factor": 4},
-    "accurate": {"topk_tokens": 960},
+    "fast": {"topk_tokens": 128},
+    "accurate": {"topk_tokens": 960, "rerank_factor": 2},
     "paper": PAPER,
     "paper-long": PAPER | {"critical_channels": 12, "topk_tokens": 960},
 }
@@ -107,7 +107,7 @@ class TailorKVConfig(BaseModel):
         "the largest of their scores (costs as many scans as there are heads).",
     )
     rerank_factor: int = Field(
-        default=2,
+        default=4,
         ge=1,
         description="The index proposes so many times topk_tokens, of which those that truly weigh "
         "most are taken; 1: what it ranks highest is taken.",

@@ -64,9 +64,9 @@ class Case:
 
 
 CASES = (
-    Case("sparse", DerivedKind.ONEBIT, 1, 448, 2),  # preset default
+    Case("sparse", DerivedKind.ONEBIT, 1, 448, 4),  # preset default
     Case("sparse", DerivedKind.ONEBIT, 1, 128, 4),  # preset fast
-    Case("sparse", DerivedKind.CHANNELS, 1, 448, 2),
+    Case("sparse", DerivedKind.CHANNELS, 1, 448, 4),
     Case("sparse", DerivedKind.CHANNELS, 1, 128, 4),
     Case("sparse", DerivedKind.CHANNELS, 1, 128),  # preset paper
     Case("dense", DerivedKind.DENSE, 1),

@@ -20,7 +20,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 DEFAULTS = {
     "preset": "default",
-    "rerank_factor": 2,
+    "rerank_factor": 4,
     "profile": None,
     "bits": 2,
     "group_size": 64,
@@ -94,7 +94,7 @@ def test_what_is_given_goes_before_the_preset() -> None:
 @pytest.mark.parametrize(
     ("preset", "budget", "candidates"),
     [
-        ("default", 512, 896),
+        ("default", 512, 1792),
         ("fast", 192, 512),
         ("accurate", 1024, 1920),
         ("paper", 192, 128),
