@@ -18,7 +18,7 @@ ANSWER_TOKENS = 24
 # Of 32 questions; SmolLM2 is small, and fewer would show little.
 FULL_RIGHT_AT_LEAST = 10
 KEPT_AT_LEAST = 0.9
-"""Of the answers that full attention gives right. One of fifteen is lost, at 1,024 tokens as well."""
+"""Of the answers that full attention gives right. One of 15 is lost, at 1,024 tokens too."""
 
 
 @pytest.fixture(scope="module")
