@@ -9,6 +9,7 @@ random, with a few heavy tokens planted in every row and KV head. Each case give
     shape, layer, index, bits, context, batch, threads   what ran
     selected            tokens that a sparse layer retrieves
     rerank              candidates ranked again for every token kept; 1 is no second ranking
+    query_reduce        how the query heads of a KV head agree
     implementation, isa         of our ops; VLLM_TAILORKV_KERNELS and _CPU_ISA choose them
     ms, min_ms                  ours: median and least
     baseline_ms, _min_ms, _isa  vLLM's with the model's dtype, and its name for the code path
@@ -59,7 +60,13 @@ def main() -> None:
             for case in CASES:
                 head = {"shape": args.shape, "layer": case.layer, "index": case.index}
                 name = decode_name(
-                    head | {"bits": case.bits, "selected": case.selected, "rerank": case.rerank}
+                    head
+                    | {
+                        "bits": case.bits,
+                        "selected": case.selected,
+                        "rerank": case.rerank,
+                        "query_reduce": case.query_reduce,
+                    }
                 )
                 bar.update(task, description=f"{context:,} tokens: {name}")
                 lines.add(head | measure(inputs, case, args.seconds, bandwidth))

@@ -150,6 +150,23 @@ def check_decode(
     _check_block_table(block_table, query.shape[0])
 
 
+def check_mass(
+    mass: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tail_start: torch.Tensor,
+) -> None:
+    """Arguments of `log_mass`."""
+    check_decode(query, query, key_cache, key_cache, block_table, seq_lens)
+    _require(
+        mass.shape == query.shape[:2] and mass.dtype == torch.float32, "mass must be float32 [R, H]"
+    )
+    _require(mass.is_contiguous(), "mass must be contiguous")
+    check_rows("tail_start", tail_start, query.shape[0])
+
+
 def check_score(
     scores: torch.Tensor,
     query: torch.Tensor,
@@ -157,9 +174,10 @@ def check_score(
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
     tail_start: torch.Tensor,
+    offset: torch.Tensor,
 ) -> None:
     """Arguments of `score_tokens`."""
-    _check_scored(query, index, key_cache, block_table, tail_start)
+    _check_scored(query, index, key_cache, block_table, tail_start, offset)
     _require(scores.dim() == 3 and scores.shape[:2] == query.shape[:2], "scores must be [R, Hk, S]")
     _require(scores.dtype == torch.float32, "scores must be float32")
     _require(scores.stride(2) == 1, "scores must have a contiguous last axis")
@@ -172,9 +190,10 @@ def check_propose(
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
     tail_start: torch.Tensor,
+    offset: torch.Tensor,
 ) -> None:
     """Arguments of `propose_topk`."""
-    _check_scored(query, index, key_cache, block_table, tail_start)
+    _check_scored(query, index, key_cache, block_table, tail_start, offset)
     check_indices(indices, key_cache, query.shape[0])
 
 
@@ -184,6 +203,7 @@ def _check_scored(
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
     tail_start: torch.Tensor,
+    offset: torch.Tensor,
 ) -> None:
     rows, heads, size = query.shape[0], key_cache.shape[1], key_cache.shape[3]
     _require(
@@ -192,6 +212,11 @@ def _check_scored(
     )
     _require(query.dtype == torch.float32, "query must be float32")
     _require(query.is_contiguous(), "query must be contiguous")
+    _require(
+        offset.shape == query.shape[:3] and offset.dtype == torch.float32,
+        "offset must be float32 [R, Hk, Q]",
+    )
+    _require(offset.is_contiguous(), "offset must be contiguous")
     check_rows("tail_start", tail_start, rows)
     _check_block_table(block_table, rows)
     _check_index(index, key_cache)

@@ -93,6 +93,23 @@ def quantized_decode_attention(
     )
 
 
+def log_mass(
+    mass: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tail_start: torch.Tensor,
+    sink_tokens: int,
+    scale: float,
+    softcap: float,
+) -> None:
+    """See `ops.log_mass`."""
+    _ops.log_mass(
+        mass, query, key_cache, block_table, seq_lens, tail_start, sink_tokens, scale, softcap
+    )
+
+
 def score_tokens(
     scores: torch.Tensor,
     query: torch.Tensor,
@@ -100,6 +117,7 @@ def score_tokens(
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
     tail_start: torch.Tensor,
+    offset: torch.Tensor,
     sink_tokens: int,
     critical_channels: int,
 ) -> None:
@@ -112,12 +130,20 @@ def score_tokens(
             key_cache,
             block_table,
             tail_start,
+            offset,
             sink_tokens,
             critical_channels,
         )
     else:
         _ops.score_onebit(
-            scores, query, *index.key, block_table, tail_start, sink_tokens, key_cache.shape[2]
+            scores,
+            query,
+            *index.key,
+            block_table,
+            tail_start,
+            offset,
+            sink_tokens,
+            key_cache.shape[2],
         )
 
 
@@ -128,6 +154,7 @@ def propose_topk(
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
     tail_start: torch.Tensor,
+    offset: torch.Tensor,
     sink_tokens: int,
     critical_channels: int,
 ) -> None:
@@ -140,12 +167,20 @@ def propose_topk(
             key_cache,
             block_table,
             tail_start,
+            offset,
             sink_tokens,
             critical_channels,
         )
     else:
         _ops.propose_onebit(
-            indices, query, *index.key, block_table, tail_start, sink_tokens, key_cache.shape[2]
+            indices,
+            query,
+            *index.key,
+            block_table,
+            tail_start,
+            offset,
+            sink_tokens,
+            key_cache.shape[2],
         )
 
 

@@ -21,6 +21,7 @@ OPS = (
     "write_kv",
     "quantize_groups",
     "quantized_decode_attention",
+    "log_mass",
     "score_tokens",
     "select_topk",
     "refine_topk",

@@ -122,6 +122,39 @@ def quantized_decode_attention(
     )
 
 
+def log_mass(
+    mass: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tail_start: torch.Tensor,
+    *,
+    sink_tokens: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> None:
+    """How much attention each head pays to sinks and tail: log of the sum of `exp(score)`.
+
+    Scores of heads have different levels. Less this, they can be compared: `score_tokens`.
+
+    Args:
+        mass: float32 [R, H]; 0 for a row without sinks and tail.
+        query: [R, H, d], the cache's dtype.
+        key_cache: [NB, Hk, bs, d].
+        block_table: int32 [R, max_blocks].
+        seq_lens: int32 [R].
+        tail_start: int32 [R]; sinks and tail may overlap, a token counts once.
+        sink_tokens: tokens always kept at the start.
+        scale: factor on q.k.
+        softcap: if positive, scores become `softcap * tanh(score / softcap)`.
+    """
+    checks.check_mass(mass, query, key_cache, block_table, seq_lens, tail_start)
+    implementation("log_mass", key_cache)(
+        mass, query, key_cache, block_table, seq_lens, tail_start, sink_tokens, scale, softcap
+    )
+
+
 def score_tokens(
     scores: torch.Tensor,
     query: torch.Tensor,
@@ -130,6 +163,7 @@ def score_tokens(
     block_table: torch.Tensor,
     tail_start: torch.Tensor,
     *,
+    offset: torch.Tensor,
     sink_tokens: int,
     critical_channels: int,
 ) -> None:
@@ -149,6 +183,7 @@ def score_tokens(
         scores: float32 [R, Hk, S], S >= max(tail_start); entry t is written for
             `sink_tokens <= t < tail_start[r]`, the others are unspecified.
         query: float32 [R, Hk, Q, d]; a token's score is the largest of its Q scores.
+        offset: float32 [R, Hk, Q]; is added to the scores of each query.
         index: the derived pages.
         key_cache: [NB, Hk, bs, d], read with a `ChannelIndex` only.
         block_table: int32 [R, max_blocks].
@@ -156,9 +191,17 @@ def score_tokens(
         sink_tokens: first token of the middle.
         critical_channels: channels scored with a `ChannelIndex`.
     """
-    checks.check_score(scores, query, index, key_cache, block_table, tail_start)
+    checks.check_score(scores, query, index, key_cache, block_table, tail_start, offset)
     implementation("score_tokens", key_cache)(
-        scores, query, index, key_cache, block_table, tail_start, sink_tokens, critical_channels
+        scores,
+        query,
+        index,
+        key_cache,
+        block_table,
+        tail_start,
+        offset,
+        sink_tokens,
+        critical_channels,
     )
 
 
@@ -190,6 +233,7 @@ def propose_topk(
     block_table: torch.Tensor,
     tail_start: torch.Tensor,
     *,
+    offset: torch.Tensor,
     sink_tokens: int,
     critical_channels: int,
     max_tail_start: int,
@@ -200,12 +244,12 @@ def propose_topk(
 
     Args:
         indices: int32 [R, Hk, k], as of `select_topk`.
-        query, index, key_cache, block_table, tail_start, sink_tokens, critical_channels: as of
-            `score_tokens`.
+        query, index, key_cache, block_table, tail_start, offset, sink_tokens, critical_channels:
+            as of `score_tokens`.
         max_tail_start: at least the largest of `tail_start`.
     """
     if function := fused("propose_topk", "score_tokens", key_cache):
-        checks.check_propose(indices, query, index, key_cache, block_table, tail_start)
+        checks.check_propose(indices, query, index, key_cache, block_table, tail_start, offset)
         function(
             indices,
             query,
@@ -213,6 +257,7 @@ def propose_topk(
             key_cache,
             block_table,
             tail_start,
+            offset,
             sink_tokens,
             critical_channels,
         )
@@ -225,6 +270,7 @@ def propose_topk(
         key_cache,
         block_table,
         tail_start,
+        offset=offset,
         sink_tokens=sink_tokens,
         critical_channels=critical_channels,
     )

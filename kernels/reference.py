@@ -257,6 +257,32 @@ def quantized_decode_attention(
         output[row] = attend(query[row].float(), key, value, scale, softcap).to(output.dtype)
 
 
+def log_mass(
+    mass: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tail_start: torch.Tensor,
+    sink_tokens: int,
+    scale: float,
+    softcap: float,
+) -> None:
+    """See `ops.log_mass`."""
+    for row, (length, start) in enumerate(zip(seq_lens.tolist(), tail_start.tolist(), strict=True)):
+        positions = torch.arange(length, device=query.device)
+        kept = (positions < sink_tokens) | (positions >= start)
+        if not kept.any():
+            mass[row] = 0
+            continue
+        key = gather_rows(key_cache, block_table[row], length)[:, kept]
+        grouped = query[row].float().unflatten(0, (key.shape[0], -1))
+        scores = torch.einsum("hgd,hnd->hgn", grouped, key) * scale
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        mass[row] = scores.logsumexp(-1).flatten()
+
+
 def critical_channel_mask(
     query: torch.Tensor, spread: torch.Tensor, critical_channels: int
 ) -> torch.Tensor:
@@ -275,6 +301,7 @@ def score_tokens(
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
     tail_start: torch.Tensor,
+    offset: torch.Tensor,
     sink_tokens: int,
     critical_channels: int,
 ) -> None:
@@ -298,8 +325,8 @@ def score_tokens(
             group_size = block_size // index.key.scale.shape[2]
             pages = [dequantize_keys(index.key, int(b), group_size) for b in blocks]
             key = torch.cat(pages, dim=1)[:, :end]
-        products = torch.einsum("hqd,hnd->hqn", query[row], key).amax(1)
-        scores[row, :, sink_tokens:end] = products[:, sink_tokens:]
+        products = torch.einsum("hqd,hnd->hqn", query[row], key) + offset[row, :, :, None]
+        scores[row, :, sink_tokens:end] = products.amax(1)[:, sink_tokens:]
 
 
 def select_topk(

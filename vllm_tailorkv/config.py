@@ -43,8 +43,8 @@ PAPER: dict[str, Any] = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {"topk_tokens": 128},
-    "accurate": {"topk_tokens": 960, "rerank_factor": 2},
+    "fast": {"topk_tokens": 128, "rerank_factor": 4},
+    "accurate": {"topk_tokens": 960},
     "paper": PAPER,
     "paper-long": PAPER | {"critical_channels": 12, "topk_tokens": 960},
 }
@@ -102,12 +102,13 @@ class TailorKVConfig(BaseModel):
         description="How sparse layers find tokens: by K at 1 bit, or by a few channels of K.",
     )
     query_reduce: Literal["mean", "max"] = Field(
-        default="mean",
-        description="How the query heads of a KV head agree on tokens: their mean query, or "
-        "the largest of their scores (costs as many scans as there are heads).",
+        default="max",
+        description="How the query heads of a KV head agree on tokens: the largest of their "
+        "scores, each measured against what the head pays to sinks and newest tokens, or their "
+        "mean query, which scores once and not for every head.",
     )
     rerank_factor: int = Field(
-        default=4,
+        default=2,
         ge=1,
         description="The index proposes so many times topk_tokens, of which those that truly weigh "
         "most are taken; 1: what it ranks highest is taken.",

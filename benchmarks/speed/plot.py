@@ -58,7 +58,7 @@ def decode_name(record: dict[str, Any]) -> str:
     if record["layer"] == "dense":
         return f"dense, {record['bits']} bit"
     kept, candidates = record["selected"], record["selected"] * record["rerank"]
-    return f"sparse, {record['index']}, {kept} of {candidates}"
+    return f"sparse, {record['index']}, {kept} of {candidates}, {record['query_reduce']}"
 
 
 def lines_of(records: Sequence[dict[str, Any]], key: str, name: str | None = None) -> Series:

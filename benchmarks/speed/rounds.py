@@ -42,6 +42,7 @@ def measure(inputs: Inputs, case: Case, seconds: float, bandwidth: float) -> dic
         "bits": case.bits,
         "selected": case.selected if case.layer == "sparse" else None,
         "rerank": case.rerank if case.layer == "sparse" else None,
+        "query_reduce": case.query_reduce if case.layer == "sparse" else None,
         "context": inputs.context,
         "batch": inputs.batch,
         "threads": torch.get_num_threads(),

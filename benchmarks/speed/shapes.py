@@ -36,6 +36,7 @@ class Case:
 
     selected: tokens between sinks and tail that a sparse layer reads.
     rerank: candidates ranked again for every token kept.
+    query_reduce: `mean` query of a KV head's heads, or `max` of their scores.
     """
 
     layer: str
@@ -43,6 +44,7 @@ class Case:
     bits: int
     selected: int = 0
     rerank: int = 1
+    query_reduce: str = "mean"
 
     @property
     def index(self) -> str | None:
@@ -64,9 +66,10 @@ class Case:
 
 
 CASES = (
-    Case("sparse", DerivedKind.ONEBIT, 1, 448, 4),  # preset default
-    Case("sparse", DerivedKind.ONEBIT, 1, 128, 4),  # preset fast
-    Case("sparse", DerivedKind.CHANNELS, 1, 448, 4),
+    Case("sparse", DerivedKind.ONEBIT, 1, 448, 2, "max"),  # preset default
+    Case("sparse", DerivedKind.ONEBIT, 1, 128, 4, "max"),  # preset fast
+    Case("sparse", DerivedKind.ONEBIT, 1, 448, 4),
+    Case("sparse", DerivedKind.CHANNELS, 1, 448, 2, "max"),
     Case("sparse", DerivedKind.CHANNELS, 1, 128, 4),
     Case("sparse", DerivedKind.CHANNELS, 1, 128),  # preset paper
     Case("dense", DerivedKind.DENSE, 1),

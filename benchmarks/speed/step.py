@@ -22,6 +22,7 @@ class Step:
         self.output = torch.empty_like(inputs.query)
         self.indices = torch.empty(batch, kv_heads, case.selected, dtype=torch.int32)
         count = case.selected * case.rerank
+        self.mass = torch.empty(inputs.query.shape[:2])
         self.candidates = self.indices.new_empty(batch, kv_heads, count)
         self.sets = make_sets(inputs, self.layout, self.bytes_read)
 
@@ -50,7 +51,9 @@ class Step:
         if self.case.layer == "dense":
             return {"quantized_decode_attention": self.attend_codes}
         refine = {"refine_topk": self.refine} if self.case.rerank > 1 else {}
+        mass = {"log_mass": self.weigh} if self.case.query_reduce == "max" else {}
         return {
+            **mass,
             "propose_topk": self.propose,
             **refine,
             "sparse_decode_attention": self.attend_selected,
@@ -71,11 +74,28 @@ class Step:
             scale=self.inputs.scale,
         )
 
+    def weigh(self, pages: PageSet) -> None:
+        """What each head pays to sinks and tail."""
+        ops.log_mass(
+            self.mass,
+            self.inputs.query,
+            pages.host.gathered_key,
+            pages.block_table,
+            self.inputs.seq_lens,
+            self.inputs.tail_start,
+            sink_tokens=SINKS,
+            scale=self.inputs.scale,
+        )
+
     def propose(self, pages: PageSet) -> None:
-        """The tokens that score best by the average query: candidates if ranked again."""
+        """The tokens that score best: candidates if ranked again."""
         best = self.candidates if self.case.rerank > 1 else self.indices
-        kv_heads = self.inputs.shape.kv_heads
-        query = self.inputs.query.float().unflatten(1, (kv_heads, -1)).mean(2, keepdim=True)
+        query = self.inputs.query.float().unflatten(1, (self.inputs.shape.kv_heads, -1))
+        if self.case.query_reduce == "max":
+            query, offset = query * self.inputs.scale, -self.mass.view(query.shape[:3])
+        else:
+            query = query.mean(2, keepdim=True)
+            offset = query.new_zeros(query.shape[:3])
         assert isinstance(pages.derived, OnebitIndex | ChannelIndex)
         ops.propose_topk(
             best,
@@ -84,6 +104,7 @@ class Step:
             pages.host.key,
             pages.block_table,
             self.inputs.tail_start,
+            offset=offset,
             sink_tokens=SINKS,
             critical_channels=CHANNELS,
             max_tail_start=self.inputs.tail,

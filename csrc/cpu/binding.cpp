@@ -126,11 +126,28 @@ tailorkv::Decode decode_of(const Tensor& output, const Tensor& query, const Tens
           static_cast<float>(softcap)};
 }
 
+void log_mass(const Tensor& mass, const Tensor& query, const Tensor& key_cache,
+              const Tensor& block_table, const Tensor& seq_lens, const Tensor& tail_start,
+              int64_t sink_tokens, double scale, double softcap) {
+  auto decode =
+      decode_of(query, query, key_cache, key_cache, block_table, seq_lens, scale, softcap);
+  require_contiguous(mass, "mass", 2, ScalarType::Float);
+  REQUIRE(mass.size(0) == decode.rows && mass.size(1) == decode.query_heads, "mass", "[R, H]");
+  kernels().log_mass({decode, static_cast<float*>(mass.data_ptr()),
+                      static_cast<int32_t>(sink_tokens),
+                      row_values(tail_start, "tail_start", decode.rows)});
+}
+
 tailorkv::ScoreTokens score_of(const Tensor& query, const tailorkv::Shape& shape,
                                const tailorkv::Grouping& grouping, const Tensor& block_table,
-                               const Tensor& tail_start, int64_t sink_tokens) {
+                               const Tensor& tail_start, const Tensor& offset,
+                               int64_t sink_tokens) {
   require_contiguous(query, "query", 4, ScalarType::Float);
+  require_contiguous(offset, "offset", 3, ScalarType::Float);
   const int64_t rows = query.size(0);
+  REQUIRE(
+      offset.size(0) == rows && offset.size(1) == query.size(1) && offset.size(2) == query.size(2),
+      "offset", "[R, Hk, Q]");
   return {shape,
           grouping,
           size(query, 0),
@@ -139,6 +156,7 @@ tailorkv::ScoreTokens score_of(const Tensor& query, const tailorkv::Shape& shape
           0,
           0,
           static_cast<const float*>(query.data_ptr()),
+          static_cast<const float*>(offset.data_ptr()),
           block_table_of(block_table, rows),
           row_values(tail_start, "tail_start", rows),
           static_cast<int32_t>(sink_tokens)};
@@ -221,25 +239,25 @@ void quantized_decode_attention(const Tensor& output, const Tensor& query, const
 tailorkv::ScoreOnebit onebit_of(const Tensor& query, const Tensor& key_codes,
                                 const Tensor& key_scale, const Tensor& key_zero,
                                 const Tensor& block_table, const Tensor& tail_start,
-                                int64_t sink_tokens, int64_t block_size) {
+                                const Tensor& offset, int64_t sink_tokens, int64_t block_size) {
   REQUIRE(query.dim() == 4, "query", "[R, Hk, Q, d]");
   const tailorkv::Shape shape{size(query, 1), static_cast<int32_t>(block_size), size(query, 3)};
   auto grouping = code_grouping(shape, key_codes);
   REQUIRE(grouping.bits == 1, "the index", "of one bit");
-  return {score_of(query, shape, grouping, block_table, tail_start, sink_tokens),
+  return {score_of(query, shape, grouping, block_table, tail_start, offset, sink_tokens),
           codes_of(key_codes, key_scale, key_zero, 4)};
 }
 
 tailorkv::ScoreChannels channels_of(const Tensor& query, const Tensor& extremes,
                                     const Tensor& key_cache, const Tensor& block_table,
-                                    const Tensor& tail_start, int64_t sink_tokens,
-                                    int64_t critical_channels) {
+                                    const Tensor& tail_start, const Tensor& offset,
+                                    int64_t sink_tokens, int64_t critical_channels) {
   const auto dtype = key_cache.scalar_type();
   const auto shape = shape_of(key_cache);
   REQUIRE(query.dim() == 4 && query.size(1) == shape.kv_heads && query.size(3) == shape.head_size,
           "query", "[R, Hk, Q, d]");
   return {score_of(query, shape, grouping_of(shape, extremes.size(2), 0), block_table, tail_start,
-                   sink_tokens),
+                   offset, sink_tokens),
           float_dtype(key_cache, "key_cache"), records<void>(extremes, "extremes", 5, dtype),
           cache(key_cache, "key_cache", dtype), static_cast<int32_t>(critical_channels)};
 }
@@ -258,17 +276,18 @@ int32_t* indices_of(const Tensor& indices) {
 
 void score_onebit(const Tensor& scores, const Tensor& query, const Tensor& key_codes,
                   const Tensor& key_scale, const Tensor& key_zero, const Tensor& block_table,
-                  const Tensor& tail_start, int64_t sink_tokens, int64_t block_size) {
-  auto op = onebit_of(query, key_codes, key_scale, key_zero, block_table, tail_start, sink_tokens,
-                      block_size);
+                  const Tensor& tail_start, const Tensor& offset, int64_t sink_tokens,
+                  int64_t block_size) {
+  auto op = onebit_of(query, key_codes, key_scale, key_zero, block_table, tail_start, offset,
+                      sink_tokens, block_size);
   give_scores(op.score, scores);
   kernels().score_onebit(op);
 }
 
 void score_channels(const Tensor& scores, const Tensor& query, const Tensor& extremes,
                     const Tensor& key_cache, const Tensor& block_table, const Tensor& tail_start,
-                    int64_t sink_tokens, int64_t critical_channels) {
-  auto op = channels_of(query, extremes, key_cache, block_table, tail_start, sink_tokens,
+                    const Tensor& offset, int64_t sink_tokens, int64_t critical_channels) {
+  auto op = channels_of(query, extremes, key_cache, block_table, tail_start, offset, sink_tokens,
                         critical_channels);
   give_scores(op.score, scores);
   kernels().score_channels(op);
@@ -276,17 +295,18 @@ void score_channels(const Tensor& scores, const Tensor& query, const Tensor& ext
 
 void propose_onebit(const Tensor& indices, const Tensor& query, const Tensor& key_codes,
                     const Tensor& key_scale, const Tensor& key_zero, const Tensor& block_table,
-                    const Tensor& tail_start, int64_t sink_tokens, int64_t block_size) {
+                    const Tensor& tail_start, const Tensor& offset, int64_t sink_tokens,
+                    int64_t block_size) {
   kernels().propose_onebit({onebit_of(query, key_codes, key_scale, key_zero, block_table,
-                                      tail_start, sink_tokens, block_size),
+                                      tail_start, offset, sink_tokens, block_size),
                             indices_of(indices), size(indices, 2)});
 }
 
 void propose_channels(const Tensor& indices, const Tensor& query, const Tensor& extremes,
                       const Tensor& key_cache, const Tensor& block_table, const Tensor& tail_start,
-                      int64_t sink_tokens, int64_t critical_channels) {
+                      const Tensor& offset, int64_t sink_tokens, int64_t critical_channels) {
   kernels().propose_channels({channels_of(query, extremes, key_cache, block_table, tail_start,
-                                          sink_tokens, critical_channels),
+                                          offset, sink_tokens, critical_channels),
                               indices_of(indices), size(indices, 2)});
 }
 
@@ -375,23 +395,28 @@ STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
       "Tensor seq_lens, Tensor num_quantized, float scale, float softcap) -> "
       "()");
   m.def(
+      "log_mass(Tensor(a!) mass, Tensor query, Tensor key_cache, Tensor block_table, Tensor "
+      "seq_lens, Tensor tail_start, int sink_tokens, float scale, float softcap) -> ()");
+  m.def(
       "score_onebit(Tensor(a!) scores, Tensor query, Tensor key_codes, "
       "Tensor key_scale, "
-      "Tensor key_zero, Tensor block_table, Tensor tail_start, int "
+      "Tensor key_zero, Tensor block_table, Tensor tail_start, Tensor offset, int "
       "sink_tokens, int block_size) "
       "-> ()");
   m.def(
       "score_channels(Tensor(a!) scores, Tensor query, Tensor extremes, Tensor "
       "key_cache, "
-      "Tensor block_table, Tensor tail_start, int sink_tokens, int "
+      "Tensor block_table, Tensor tail_start, Tensor offset, int sink_tokens, int "
       "critical_channels) -> ()");
   m.def(
       "propose_onebit(Tensor(a!) indices, Tensor query, Tensor key_codes, Tensor key_scale, "
-      "Tensor key_zero, Tensor block_table, Tensor tail_start, int sink_tokens, int block_size) "
+      "Tensor key_zero, Tensor block_table, Tensor tail_start, Tensor offset, int sink_tokens, int "
+      "block_size) "
       "-> ()");
   m.def(
       "propose_channels(Tensor(a!) indices, Tensor query, Tensor extremes, Tensor key_cache, "
-      "Tensor block_table, Tensor tail_start, int sink_tokens, int critical_channels) -> ()");
+      "Tensor block_table, Tensor tail_start, Tensor offset, int sink_tokens, int "
+      "critical_channels) -> ()");
   m.def(
       "select_topk(Tensor(a!) indices, Tensor scores, Tensor tail_start, int "
       "sink_tokens) -> ()");
@@ -417,6 +442,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_tailorkv, CPU, m) {
   m.impl("quantize_onebit", TORCH_BOX(&quantize_onebit));
   m.impl("reduce_channels", TORCH_BOX(&reduce_channels));
   m.impl("quantized_decode_attention", TORCH_BOX(&quantized_decode_attention));
+  m.impl("log_mass", TORCH_BOX(&log_mass));
   m.impl("score_onebit", TORCH_BOX(&score_onebit));
   m.impl("score_channels", TORCH_BOX(&score_channels));
   m.impl("propose_onebit", TORCH_BOX(&propose_onebit));

@@ -99,13 +99,21 @@ struct SparseDecode {
   const int32_t* tail_start;  // [R]
 };
 
+struct LogMass {
+  Decode decode;  // without output and V
+  float* mass;    // [R, H]
+  int32_t sink_tokens;
+  const int32_t* tail_start;  // [R]
+};
+
 struct ScoreTokens {
   Shape shape;
   Grouping grouping;
   int32_t rows, queries;  // R, Q
   float* scores;          // [R, Hk, S]
   int64_t scores_row, scores_head;
-  const float* query;  // [R, Hk, Q, d]
+  const float* query;   // [R, Hk, Q, d]
+  const float* offset;  // [R, Hk, Q]
   BlockTable block_table;
   const int32_t* tail_start;  // [R]
   int32_t sink_tokens;
@@ -177,6 +185,7 @@ struct Kernels {
   void (*write_kv)(const WriteKv&);
   void (*quantize_groups)(const QuantizeGroups&);
   void (*quantized_decode_attention)(const QuantizedDecode&);
+  void (*log_mass)(const LogMass&);
   void (*score_onebit)(const ScoreOnebit&);
   void (*score_channels)(const ScoreChannels&);
   void (*select_topk)(const SelectTopk&);

@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "codes.h"
 #include "dense.h"
+#include "mass.h"
 #include "preference.h"
 #include "quantize.h"
 #include "sparse.h"
@@ -25,16 +26,11 @@
 #define TAILORKV_STRING(x) TAILORKV_STRING_OF(x)
 
 // The table of this instruction set.
-#define TAILORKV_KERNELS                     \
-  {TAILORKV_STRING(TAILORKV_ISA),            \
-   TAILORKV_ISA::write_kv,                   \
-   TAILORKV_ISA::quantize_groups,            \
-   TAILORKV_ISA::quantized_decode_attention, \
-   TAILORKV_ISA::score_onebit,               \
-   TAILORKV_ISA::score_channels,             \
-   TAILORKV_ISA::select_topk,                \
-   TAILORKV_ISA::propose_onebit,             \
-   TAILORKV_ISA::propose_channels,           \
-   TAILORKV_ISA::refine_topk,                \
-   TAILORKV_ISA::sparse_decode_attention,    \
+#define TAILORKV_KERNELS                                                    \
+  {TAILORKV_STRING(TAILORKV_ISA), TAILORKV_ISA::write_kv,                   \
+   TAILORKV_ISA::quantize_groups, TAILORKV_ISA::quantized_decode_attention, \
+   TAILORKV_ISA::log_mass,        TAILORKV_ISA::score_onebit,               \
+   TAILORKV_ISA::score_channels,  TAILORKV_ISA::select_topk,                \
+   TAILORKV_ISA::propose_onebit,  TAILORKV_ISA::propose_channels,           \
+   TAILORKV_ISA::refine_topk,     TAILORKV_ISA::sparse_decode_attention,    \
    TAILORKV_ISA::dense_preference}

@@ -48,15 +48,15 @@ inline ScoreScratch take_score_scratch(int64_t d, int64_t g) {
 }
 
 // Scores of a group for all queries, the largest of each token.
-//   codes: [d, g/8], rows pitch apart; query: [Q, padded(d)]; best: [g]
+//   codes: [d, g/8], rows pitch apart; query: [Q, padded(d)]; extra: [Q], added; best: [g]
 //   ahead: asked for its lines between look-ups, or first where there are no tables
 inline void score_group(const uint8_t* codes, int64_t pitch, int64_t d, int64_t g, int32_t queries,
-                        const float* query, const ScoreScratch& scratch, Ahead& ahead,
-                        float* best) {
-  auto keep_best = [&](const float* scores, int64_t begin, int64_t count, bool first_query) {
+                        const float* query, const float* extra, const ScoreScratch& scratch,
+                        Ahead& ahead, float* best) {
+  auto keep_best = [&](const float* scores, int64_t begin, int64_t count, int64_t q) {
     for (int64_t t = 0; t < count; t += W) {
-      F x = load(scores + t);
-      store(best + begin + t, first_query ? x : max(x, load(best + begin + t)));
+      F x = load(scores + t) + splat(extra[q]);
+      store(best + begin + t, q == 0 ? x : max(x, load(best + begin + t)));
     }
   };
 #if TAILORKV_TABLES
@@ -72,7 +72,7 @@ inline void score_group(const uint8_t* codes, int64_t pitch, int64_t d, int64_t 
         }
         score_by_bytes(scratch.product.bytes, d, scratch.product.scaled, sum(offset), ahead,
                        scratch.scores);
-        keep_best(scratch.scores, t, kPlaces, q == 0);
+        keep_best(scratch.scores, t, kPlaces, q);
       }
     }
     return;
@@ -83,7 +83,7 @@ inline void score_group(const uint8_t* codes, int64_t pitch, int64_t d, int64_t 
     constexpr int N = decltype(heads)::value;
     score_codes<1, N, false>(codes, pitch, d, g, scratch.scale, scratch.zero, query + q * padded(d),
                              scratch.product, ahead, scratch.scores, g);
-    for (int j = 0; j < N; ++j) keep_best(scratch.scores + j * g, 0, g, q + j == 0);
+    for (int j = 0; j < N; ++j) keep_best(scratch.scores + j * g, 0, g, q + j);
   });
 }
 
@@ -120,7 +120,7 @@ void score_onebit(const ScoreOnebit& op, Taker& taker) {
         add_key_lines(op.key, next_block, task.head, next % per_block, d, ahead);
       }
       score_group(at(op.key.codes, block, task.head, group), op.key.codes.item, d, g, score.queries,
-                  query, scratch, ahead, scratch.best);
+                  query, score.offset + pair * score.queries, scratch, ahead, scratch.best);
       const int64_t begin = larger(unit * g, score.sink_tokens);
       const int64_t end = smaller((unit + 1) * g, score.tail_start[task.row]);
       taker.give(i, task, task.head, begin, scratch.best + begin - unit * g, end - begin);
@@ -141,10 +141,12 @@ struct CriticalKey {
 
 // Scores of tokens [begin, end) of one block.
 //   next: a block, of any head, that will be read soon
-//   query: [Q, count], the values of the critical channels; scores: [end - begin]
+//   query: [Q, count], the values of the critical channels; extra: [Q], added
+//   scores: [end - begin]
 template <class T>
 void score_block(const ScoreChannels& op, CriticalKey<T> block, CriticalKey<T> next, int64_t count,
-                 const float* query, int64_t begin, int64_t end, float* scores) {
+                 const float* query, const float* extra, int64_t begin, int64_t end,
+                 float* scores) {
   const Cache& cache = op.key_cache;
   const T* key = block.data;
   const int32_t* channels = block.channels;
@@ -163,7 +165,7 @@ void score_block(const ScoreChannels& op, CriticalKey<T> block, CriticalKey<T> n
       for (; t + V * W <= end; t += V * W) {
         F totals[N][V];
         for (int h = 0; h < N; ++h) {
-          for (int j = 0; j < V; ++j) totals[h][j] = splat(0);
+          for (int j = 0; j < V; ++j) totals[h][j] = splat(extra[q + h]);
         }
         for (int64_t i = 0; i < count; ++i) {
           const T* from = key + channels[i] * cache.channel + t;
@@ -192,8 +194,8 @@ void score_block(const ScoreChannels& op, CriticalKey<T> block, CriticalKey<T> n
         F totals[N];
         score_columns<N>(key + t, cache.channel, channels, count, query + q * count, count, n,
                          totals);
-        F most = totals[0];
-        for (int h = 1; h < N; ++h) most = max(most, totals[h]);
+        F most = totals[0] + splat(extra[q]);
+        for (int h = 1; h < N; ++h) most = max(most, totals[h] + splat(extra[q + h]));
         keep_best(t, most, n);
       }
     });
@@ -202,7 +204,7 @@ void score_block(const ScoreChannels& op, CriticalKey<T> block, CriticalKey<T> n
   for (int64_t t = begin; t < end; ++t) {
     float most = -kInfinity;
     for (int32_t q = 0; q < queries; ++q) {
-      float total = 0;
+      float total = extra[q];
       for (int64_t i = 0; i < count; ++i) {
         total +=
             to_float(key[t * cache.token + channels[i] * cache.channel]) * query[q * count + i];
@@ -248,7 +250,8 @@ void score_critical(const ScoreChannels& op, Taker& taker) {
       const int64_t begin = larger(first_token, score.sink_tokens);
       const int64_t end = smaller(first_token + bs, score.tail_start[task.row]);
       score_block<T>(op, key_of(unit), key_of(smaller(unit + kKeysAhead, end_unit - 1)), count,
-                     queries + (task.row * heads + head) * pair_size, begin - first_token,
+                     queries + (task.row * heads + head) * pair_size,
+                     score.offset + (task.row * heads + head) * score.queries, begin - first_token,
                      end - first_token, best);
       taker.give(i, task, head, begin, best, end - begin);
     }

@@ -18,6 +18,7 @@ _MODULES = {
     "write_kv": "write",
     "quantize_groups": "quantize",
     "quantized_decode_attention": "dense",
+    "log_mass": "mass",
     "score_tokens": "score",
     "refine_topk": "refine",
     "sparse_decode_attention": "sparse",

@@ -18,6 +18,7 @@ def _score_codes(
     scores_row,
     scores_head,
     query,  # float32 [R, Hk, QUERIES, d]
+    offset,  # float32 [R, Hk, QUERIES]
     words,  # [NB, Hk, G, d, GROUP / WORD_BITS]
     words_block,
     words_head,
@@ -51,6 +52,8 @@ def _score_codes(
     lines = (row * tl.num_programs(1) + head) * QUERIES + queries
     mask = (queries < QUERIES)[:, None] & kept[None, :]
     q = tl.load(query + lines[:, None] * HEAD_SIZE + channels[None, :], mask=mask, other=0.0)
+    # A line of padding is never the largest.
+    offsets = tl.load(offset + lines, mask=queries < QUERIES, other=-float("inf"))
     within = channels[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     scores += row * scores_row + head * scores_head
     for index in range(first, tl.minimum(first + share, last)):
@@ -62,7 +65,7 @@ def _score_codes(
         scales = tl.load(scale + base + channels, mask=kept, other=0.0).to(tl.float32)
         zeros = tl.load(zero + base + channels, mask=kept, other=0.0).to(tl.float32)
         products = dot_key_codes(q, codes, scales, zeros, 1, WORD_BITS)
-        products = tl.where((queries < QUERIES)[:, None], products, -float("inf"))
+        products += offsets[:, None]
         tokens = index * GROUP + code_numbers(GROUP, 1, WORD_BITS)
         middle = (tokens >= sink_tokens) & (tokens < end)
         tl.store(scores + tokens, tl.max(products, 0), mask=middle)
@@ -149,6 +152,7 @@ def _score_channels(
     scores_row,
     scores_head,
     query,  # float32 [R, Hk, QUERIES, d]
+    offset,  # float32 [R, Hk, QUERIES]
     selected,  # int32 [R, Hk, COUNT]
     key,  # [NB, Hk, bs, d]
     key_block,
@@ -186,7 +190,8 @@ def _score_channels(
         best = tl.full([TOKENS], -float("inf"), tl.float32)
         for i in range(QUERIES):
             q = tl.load(query + (at * QUERIES + i) * HEAD_SIZE + channels, mask=chosen, other=0.0)
-            best = tl.maximum(best, tl.sum(part.to(tl.float32) * q[None, :], 1))
+            products = tl.sum(part.to(tl.float32) * q[None, :], 1)
+            best = tl.maximum(best, products + tl.load(offset + at * QUERIES + i))
         tl.store(scores + tokens, best, mask=middle)
 
 
@@ -197,6 +202,7 @@ def _score_by_codes(
     block_size: int,
     block_table: torch.Tensor,
     tail_start: torch.Tensor,
+    offset: torch.Tensor,
     sink_tokens: int,
 ) -> None:
     rows, heads, queries, head_size = query.shape
@@ -210,6 +216,7 @@ def _score_by_codes(
         scores,
         *scores.stride()[:2],
         query,
+        offset,
         words,
         *words.stride()[:3],
         *index.key[1:],
@@ -237,6 +244,7 @@ def _score_by_channels(
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
     tail_start: torch.Tensor,
+    offset: torch.Tensor,
     sink_tokens: int,
     critical_channels: int,
 ) -> None:
@@ -274,6 +282,7 @@ def _score_by_channels(
         scores,
         *scores.stride()[:2],
         query,
+        offset,
         selected,
         key_cache,
         *key_cache.stride(),
@@ -295,6 +304,7 @@ def score_tokens(
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
     tail_start: torch.Tensor,
+    offset: torch.Tensor,
     sink_tokens: int,
     critical_channels: int,
 ) -> None:
@@ -309,10 +319,11 @@ def score_tokens(
             key_cache,
             block_table,
             tail_start,
+            offset,
             sink_tokens,
             critical_channels,
         )
     else:
         _score_by_codes(
-            scores, query, index, key_cache.shape[2], block_table, tail_start, sink_tokens
+            scores, query, index, key_cache.shape[2], block_table, tail_start, offset, sink_tokens
         )

@@ -78,6 +78,17 @@ def test_reranking_keeps_more_of_the_attention():
     assert kept[1] > 1.05 * kept[0]
 
 
+def test_loud_heads_do_not_drown_the_others():
+    """A level that one head gives to all tokens alike changes nothing."""
+    found = []
+    for level in (0.0, 400.0):
+        layer, rows, _, query = make_layer(level=level)
+        query[:, ::GROUP, 0] = 1.0
+        query[:, 1::GROUP, 0] = query[:, 2::GROUP, 0] = 0.0
+        found.append(retrieve(query, layer, rows))
+    assert torch.equal(*found)
+
+
 def test_indices_are_sorted_and_padded():
     rows = [torch.tensor([[5, 2, 9], [-1, 4, 3]]), torch.tensor([[7], [1]])]
     assert as_indices(rows).tolist() == [[[2, 5, 9], [3, 4, -1]], [[7, -1, -1], [1, -1, -1]]]

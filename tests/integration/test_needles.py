@@ -10,7 +10,7 @@ CASES: list[dict[str, Any]] = [
     {"index": "channels", "bits": 1, "placement": "joint"},
     {"index": "channels", "bits": 2, "placement": "split"},
     {"index": "onebit", "bits": 2, "placement": "joint"},
-    {"index": "onebit", "bits": 1, "placement": "split", "query_reduce": "max"},
+    {"index": "onebit", "bits": 1, "placement": "split", "query_reduce": "mean"},
 ]
 TOKENS = 6000
 

@@ -12,17 +12,22 @@ OPTIONS = {"sink_tokens": 8, "critical_channels": 8}
 each_kind = pytest.mark.parametrize("kind", [DerivedKind.ONEBIT, DerivedKind.CHANNELS])
 
 
+def offset_of(query):
+    """Something else for each query, as long as there are several."""
+    return torch.arange(query.shape[2]).float().expand(query.shape[:3]).contiguous()
+
+
 def propose(function, context, query, tail_start, k, sink_tokens=8):
     indices = torch.full((*query.shape[:2], k), 12345, dtype=torch.int32)
     pages = (context.cache.derived, context.cache.host.key, context.block_table)
-    function(indices, query, *pages, tail_start, sink_tokens, 8)
+    function(indices, query, *pages, tail_start, offset_of(query), sink_tokens, 8)
     return indices
 
 
 def in_two_steps(module, context, query, tail_start, k, sink_tokens=8):
     scores = torch.full((*query.shape[:2], max(1, int(tail_start.max()))), float("nan"))
     pages = (context.cache.derived, context.cache.host.key, context.block_table)
-    module.score_tokens(scores, query, *pages, tail_start, sink_tokens, 8)
+    module.score_tokens(scores, query, *pages, tail_start, offset_of(query), sink_tokens, 8)
     indices = torch.full((*query.shape[:2], k), 12345, dtype=torch.int32)
     module.select_topk(indices, scores, tail_start, sink_tokens)
     return indices
@@ -127,7 +132,15 @@ def test_without_a_fused_op(monkeypatch, build_context, kind):
     indices = torch.empty(len(LENGTHS), 2, 100, dtype=torch.int32)
     pages = (context.cache.derived, context.cache.host.key, context.block_table)
     try:
-        ops.propose_topk(indices, query, *pages, context.complete, max_tail_start=5000, **OPTIONS)
+        ops.propose_topk(
+            indices,
+            query,
+            *pages,
+            context.complete,
+            offset=offset_of(query),
+            max_tail_start=5000,
+            **OPTIONS,
+        )
     finally:
         monkeypatch.undo()
         dispatch.choose.cache_clear()
@@ -147,7 +160,7 @@ def test_arguments(build_context):
     context = build_context([64], kind=DerivedKind.ONEBIT)
     indices, query = torch.zeros(1, 2, 8).int(), torch.zeros(1, 2, 1, 64)
     rest = (context.cache.derived, context.cache.host.key, context.block_table, context.complete)
-    options = {"max_tail_start": 64, **OPTIONS}
+    options = {"offset": offset_of(query), "max_tail_start": 64, **OPTIONS}
     with pytest.raises(ValueError, match="query"):
         ops.propose_topk(indices, query[..., :32], *rest, **options)
     with pytest.raises(ValueError, match="indices"):

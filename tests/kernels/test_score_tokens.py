@@ -32,8 +32,9 @@ CASES = [
 ]
 
 
-def run(function, context, query, tail_start, sink_tokens, size, critical=8):
+def run(function, context, query, tail_start, sink_tokens, size, critical=8, offset=None):
     rows, heads = query.shape[:2]
+    offset = torch.zeros(query.shape[:3]) if offset is None else offset
     # Rows of the buffer are longer than needed, as the caller's are.
     scores = torch.full((rows, heads, size + 16), float("nan"))[..., :size]
     function(
@@ -43,6 +44,7 @@ def run(function, context, query, tail_start, sink_tokens, size, critical=8):
         context.cache.host.key,
         context.block_table,
         tail_start,
+        offset,
         sink_tokens,
         critical,
     )
@@ -81,7 +83,9 @@ def test_equals_reference(
     tail_start = (context.complete - 5).clamp(min=0).int()
     query = torch.randn(len(LENGTHS), heads, queries, head_size)
     size = int(tail_start.max())
-    arguments = (context, query, tail_start, sink_tokens, size)
+    # As far apart as the scores themselves: which query is the best depends on both.
+    offset = torch.randn(query.shape[:3]) * head_size**0.5
+    arguments = (context, query, tail_start, sink_tokens, size, 8, offset)
     expected = run(reference.score_tokens, *arguments)
     actual = run(fast.score_tokens, *arguments)
     limit = tolerance(fast, kind) * expected.nan_to_num().abs().amax()
@@ -172,13 +176,16 @@ def test_arguments(build_context):
     scores, query = torch.zeros(1, 2, 64), torch.zeros(1, 2, 1, 64)
     rest = (context.block_table, context.complete)
     pages = (context.cache.derived, context.cache.host.key)
-    options = {"sink_tokens": 8, "critical_channels": 8}
+    options = {"offset": torch.zeros(1, 2, 1), "sink_tokens": 8, "critical_channels": 8}
     with pytest.raises(ValueError, match="query"):
         ops.score_tokens(scores, query[..., :32], *pages, *rest, **options)
     with pytest.raises(ValueError, match="float32"):
         ops.score_tokens(scores.half(), query, *pages, *rest, **options)
     with pytest.raises(ValueError, match="tail_start"):
         ops.score_tokens(scores, query, *pages, rest[0], rest[1].long(), **options)
+    with pytest.raises(ValueError, match="offset"):
+        wrong = options | {"offset": torch.zeros(1, 2)}
+        ops.score_tokens(scores, query, *pages, *rest, **wrong)
     dense = build_context([64], bits=2)
     with pytest.raises(ValueError, match="one bit"):
         ops.score_tokens(scores, query, dense.cache.derived, pages[1], *rest, **options)

@@ -161,7 +161,7 @@ LONG_OPTIONS: dict[str, dict[str, Any]] = {
     "onebit": {
         "index": "onebit",
         "bits": 1,
-        "query_reduce": "max",
+        "query_reduce": "mean",
         "profile": {"dense_layers": [0, 1]},
     },
 }

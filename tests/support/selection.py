@@ -15,9 +15,16 @@ OPTIONS = {"topk_tokens": 32, "rerank_factor": 1}
 
 
 def make_layer(
-    key_layout: KeyLayout = KeyLayout.CHANNEL_MAJOR, group: int = GROUP, **options: object
+    key_layout: KeyLayout = KeyLayout.CHANNEL_MAJOR,
+    group: int = GROUP,
+    level: float = 0.0,
+    **options: object,
 ) -> tuple[Layer, DecodeRows, torch.Tensor, torch.Tensor]:
-    """A layer with one row of tokens in scattered blocks; its K [Hk, L, d] and a query."""
+    """A layer with one row of tokens in scattered blocks; its K [Hk, L, d] and a query.
+
+    Args:
+        level: channel 0 of K, in every token.
+    """
     layout = PageLayout(DerivedKind.ONEBIT, HEADS, SIZE, BLOCK, 64, 1, 4, key_layout)
     raw = torch.full((5, layout.host_bytes + layout.derived_bytes), 0xFF, dtype=torch.uint8)
     host = host_pages(raw[:, : layout.host_bytes], layout, torch.float32)
@@ -25,6 +32,7 @@ def make_layer(
     table = torch.tensor([[3, 0, 4, 1]], dtype=torch.int32)
     generator = torch.Generator().manual_seed(0)
     key, value = torch.randn(2, LENGTH, HEADS, SIZE, generator=generator)
+    key[..., 0] = level
     positions = torch.arange(LENGTH)
     slots = table[0, positions // BLOCK].long() * BLOCK + positions % BLOCK
     ops.write_kv(key, value, host.key, host.value, slots)

@@ -20,7 +20,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 DEFAULTS = {
     "preset": "default",
-    "rerank_factor": 4,
+    "rerank_factor": 2,
     "profile": None,
     "bits": 2,
     "group_size": 64,
@@ -31,7 +31,7 @@ DEFAULTS = {
     "topk_tokens": 448,
     "critical_channels": 8,
     "index": "onebit",
-    "query_reduce": "mean",
+    "query_reduce": "max",
     "full_attention_below": 2048,
     "placement": "auto",
     "key_rows": True,
@@ -60,7 +60,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"topk_tokens": 1},
     {"index": "onebit"},
     {"index": "channels", "critical_channels": 1},
-    {"query_reduce": "max"},
+    {"query_reduce": "mean"},
     {"placement": "joint"},
     {"placement": "split"},
     {"placement": "split", "host_pool_gib": 0.5},
@@ -94,7 +94,7 @@ def test_what_is_given_goes_before_the_preset() -> None:
 @pytest.mark.parametrize(
     ("preset", "budget", "candidates"),
     [
-        ("default", 512, 1792),
+        ("default", 512, 896),
         ("fast", 192, 512),
         ("accurate", 1024, 1920),
         ("paper", 192, 128),

@@ -50,18 +50,39 @@ class Selector(Protocol):
         ...
 
 
-def reduce_query(query: torch.Tensor, num_kv_heads: int, how: str) -> torch.Tensor:
-    """The queries that a KV head's tokens are scored with.
+def scored_queries(
+    query: torch.Tensor, layer: Layer, rows: DecodeRows
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The queries that a KV head's tokens are scored with, and what is added to their scores.
+
+    With `query_reduce="max"` a token counts by the head that it matters most to. Heads' scores have
+    different levels, so each head's are measured against what it pays to sinks and tail, which
+    hold most of the attention of most heads.
 
     Args:
         query: [R, H, d].
-        how: `mean` of the query heads of a KV head, or `max` of their scores.
 
     Returns:
-        float32 [R, Hk, Q, d], Q = 1 for `mean`, else H / Hk.
+        float32 [R, Hk, Q, d] and [R, Hk, Q], Q = 1 for `mean`, else H / Hk.
     """
-    grouped = query.float().unflatten(1, (num_kv_heads, -1))
-    return grouped.mean(2, keepdim=True) if how == "mean" else grouped
+    key = layer.pages.host.gathered_key
+    grouped = query.float().unflatten(1, (key.shape[1], -1))
+    if layer.config.query_reduce == "mean" or grouped.shape[2] == 1:
+        mean = grouped.mean(2, keepdim=True)
+        return mean, mean.new_zeros(mean.shape[:3])
+    mass = layer.workspace.get("mass", query.shape[:2], torch.float32)
+    ops.log_mass(
+        mass,
+        query,
+        key,
+        rows.block_table,
+        rows.seq_lens,
+        rows.boundary,
+        sink_tokens=layer.config.sink_tokens,
+        scale=layer.scale,
+        softcap=layer.softcap,
+    )
+    return grouped * layer.scale, -mass.view(grouped.shape[:3])
 
 
 def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tensor:
@@ -72,13 +93,15 @@ def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tenso
     shape = (len(query), host.key.shape[1])
     count = config.topk_tokens * config.rerank_factor
     candidates = workspace.get("candidates", (*shape, count), torch.int32)
+    queries, offset = scored_queries(query, layer, rows)
     ops.propose_topk(
         candidates,
-        reduce_query(query, host.key.shape[1], config.query_reduce),
+        queries,
         index,
         host.key,
         rows.block_table,
         rows.boundary,
+        offset=offset,
         sink_tokens=config.sink_tokens,
         critical_channels=config.critical_channels,
         max_tail_start=rows.max_boundary,

@@ -1,0 +1,51 @@
+// log_mass
+#pragma once
+
+namespace tailorkv::TAILORKV_ISA {
+namespace {
+
+template <class T>
+void log_mass_of(const LogMass& op) {
+  const Decode& decode = op.decode;
+  const int64_t kv_heads = decode.shape.kv_heads, group_heads = decode.query_heads / kv_heads;
+  const float* queries = take_queries<T>(decode);
+  const int threads = num_threads();
+  auto* scratches = take<ExactScratch>(threads);
+  auto* highest = take<float>(threads * group_heads);
+  auto* total = take<float>(threads * group_heads);
+  for (int i = 0; i < threads; ++i) scratches[i] = take_exact_scratch(decode);
+  parallel_for(decode.rows * kv_heads, [&](int64_t pair) {
+    const Task task{static_cast<int32_t>(pair / kv_heads), static_cast<int32_t>(pair % kv_heads), 0,
+                    0};
+    const int thread = omp_get_thread_num();
+    const ExactScratch& scratch = scratches[thread];
+    const HeadView view = head_view(decode, queries, task);
+    Partial partial{highest + thread * group_heads, total + thread * group_heads, nullptr};
+    clear(partial, group_heads, 0);
+    const int64_t length = decode.seq_lens[task.row], sinks = smaller(op.sink_tokens, length);
+    const int64_t skipped = larger(op.tail_start[task.row], sinks) - sinks;
+    int64_t n = 0;
+    for (int64_t place = 0; place < length - skipped; ++place) {
+      scratch.positions[n++] = static_cast<int32_t>(place < sinks ? place : place + skipped);
+      if (n < kBatch && place + 1 < length - skipped) continue;
+      score_exact<T>(view, scratch, n);
+      for (int h = 0; h < group_heads; ++h) {
+        softmax_step(scratch.scores + h * kBatch, n, decode.scale, decode.softcap,
+                     partial.highest + h, partial.total + h, nullptr, 0);
+      }
+      n = 0;
+    }
+    for (int64_t h = 0; h < group_heads; ++h) {
+      const float sum = partial.total[h];
+      op.mass[pair * group_heads + h] = sum > 0 ? partial.highest[h] + __builtin_logf(sum) : 0.0f;
+    }
+  });
+}
+
+void log_mass(const LogMass& op) {
+  scratch_reset();
+  visit(op.decode.dtype, [&](auto element) { log_mass_of<decltype(element)>(op); });
+}
+
+}  // namespace
+}  // namespace tailorkv::TAILORKV_ISA

@@ -1,0 +1,108 @@
+"""The attention that each head pays to sinks and tail."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_tailorkv.kernels.triton.attend import (
+    cap_scores,
+    dot,
+    finite,
+    load_queries,
+    score_factors,
+)
+
+_BLOCK_TOKENS = 16
+_LOG_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _log_mass(
+    mass,  # float32 [R, H]
+    query,  # [R, H, d]
+    key,  # [NB, Hk, bs, d]
+    key_block,
+    key_head,
+    key_token,
+    key_channel,
+    block_table,  # int32 [R, max_blocks]
+    table_row,
+    seq_lens,  # int32 [R]
+    tail_start,  # int32 [R]
+    sink_tokens,
+    factor,
+    cap,
+    CAPPED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Sinks, then the tail, of one row and KV head; grid (Hk, R)."""
+    row, head = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
+    row_head = row * tl.num_programs(0) + head
+    q = load_queries(query, row_head * PER_HEAD, PER_HEAD, ROWS, HEAD_SIZE, CHANNELS)
+    length = tl.load(seq_lens + row)
+    sinks = tl.minimum(sink_tokens, length)
+    # A token that is both a sink and in the tail counts as a sink.
+    skipped = tl.maximum(tl.load(tail_start + row), sinks) - sinks
+    channels, heads = tl.arange(0, CHANNELS), tl.arange(0, ROWS)
+    highest = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, length - skipped, TOKENS):
+        place = start + tl.arange(0, TOKENS)
+        there = place < length - skipped
+        token = tl.where(place < sinks, place, place + skipped)
+        at = block_table + row * table_row + token // BLOCK_SIZE
+        block = tl.load(at, mask=there, other=0).to(tl.int64)
+        at = key + block * key_block + head * key_head + token % BLOCK_SIZE * key_token
+        at = at[:, None] + channels[None, :] * key_channel
+        mask = there[:, None] & (channels < HEAD_SIZE)[None, :]
+        k = tl.load(at, mask=mask, other=0.0)
+        scores = cap_scores(dot(q, tl.trans(k)), factor, cap, CAPPED)
+        scores = tl.where(there[None, :], scores, -float("inf"))
+        larger = tl.maximum(highest, tl.max(scores, 1))
+        shrink = tl.exp2(highest - finite(larger))
+        total = total * shrink + tl.sum(tl.exp2(scores - finite(larger)[:, None]), 1)
+        highest = larger
+    found = tl.where(total > 0, (highest + tl.log2(total)) * _LOG_2, 0.0)
+    tl.store(mass + row_head * PER_HEAD + heads, found, mask=heads < PER_HEAD)
+
+
+def log_mass(
+    mass: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tail_start: torch.Tensor,
+    sink_tokens: int,
+    scale: float,
+    softcap: float,
+) -> None:
+    """See `ops.log_mass`."""
+    rows, num_heads, head_size = query.shape
+    heads = key_cache.shape[1]
+    if not rows:
+        return
+    _log_mass[(heads, rows)](
+        mass,
+        query,
+        key_cache,
+        *key_cache.stride(),
+        block_table,
+        block_table.stride(0),
+        seq_lens,
+        tail_start,
+        sink_tokens,
+        **score_factors(scale, softcap),
+        BLOCK_SIZE=key_cache.shape[2],
+        HEAD_SIZE=head_size,
+        CHANNELS=triton.next_power_of_2(head_size),
+        PER_HEAD=num_heads // heads,
+        ROWS=max(16, triton.next_power_of_2(num_heads // heads)),
+        TOKENS=_BLOCK_TOKENS,
+        num_warps=2,
+    )
