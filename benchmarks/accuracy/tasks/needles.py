@@ -55,10 +55,10 @@ class Needles:
 
     def _make_chat(self, source: Source, num_tokens: int, num_turns: int) -> Example:
         value = source.long_code if self.long_values else source.number
-        noun = "access code" if self.long_values else "access number"
+        noun = "secret uuid" if self.long_values else "secret number"
 
         def told(key: str, value: str) -> str:
-            return f"Please note that the {noun} of {key} is {value}.\n"
+            return f"One of the {noun}s for {key} is: {value}.\n"
 
         most = max(self.distractors or 0, self.keys_per_turn)
         turns = _CONVERSATION_TURNS if self.conversation else num_turns
@@ -135,11 +135,11 @@ def _ask_in_chat(noun: str, keys: Sequence[str], pairs: dict[str, list[str]]) ->
     names = listed(keys)
     one = len(values) == 1
     question = (
-        f"What is the {noun} of {names}, according to the text?"
+        f"What is the {noun} for {names} that the text gives?"
         if one
-        else f"What are all the {noun}s of {names}, according to the text?"
+        else f"What are all the {noun}s for {names} that the text gives?"
     )
-    begun = f"According to the text, the {noun}{'' if one else 's'} of {names} "
+    begun = f"The {noun}{'' if one else 's'} for {names} that the text gives "
     begun += "is" if one else "are"
     unordered = len(keys) == 1
     return Turn(question, f" {listed(values)}.", tuple(values), unordered, begun)
