@@ -105,9 +105,8 @@ def form_of(tokenizer: Any, model: Path) -> Form:
     if not tokenizer.chat_template:
         return COMPLETION
     ends = {tokenizer.eos_token_id}
-    try:
-        told = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # it has none
-        told = None
+    # Asked for a file that is not there, transformers would look for it on the network.
+    has_config = (model / "generation_config.json").is_file()
+    told = GenerationConfig.from_pretrained(model).eos_token_id if has_config else None
     ends |= set(told if isinstance(told, list) else [told])
     return Chat(tokenizer, frozenset(ends - {None}))
