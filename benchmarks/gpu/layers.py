@@ -18,8 +18,8 @@ from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
 
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
 BLOCK_SIZE, GROUP_SIZE = 128, 64
-SINKS, RECENT, SELECTED, RESIDUAL, CHANNELS = 8, 56, 128, 128, 8
-CANDIDATES = 4 * SELECTED
+SINKS, RECENT, SELECTED, RESIDUAL, CHANNELS = 8, 56, 448, 128, 8
+CANDIDATES = 2 * SELECTED
 DTYPE = torch.bfloat16
 SCALE = HEAD_SIZE**-0.5
 ROW_BYTES = HEAD_SIZE * DTYPE.itemsize
@@ -134,6 +134,7 @@ class Request:
     seq_lens: torch.Tensor
     tail_start: torch.Tensor
     num_quantized: torch.Tensor
+    mass: torch.Tensor
     scores: torch.Tensor
     candidates: torch.Tensor
     indices: torch.Tensor
@@ -165,22 +166,39 @@ def make_request(pool: Pool, context: int, batch: int) -> Request:
         lengths,
         tail,
         coded.int(),
+        torch.full((batch, HEADS), float("nan"), device=device),
         torch.full((batch, KV_HEADS, context), float("nan"), device=device),
         torch.full((batch, KV_HEADS, CANDIDATES), -1, dtype=torch.int32, device=device),
         torch.full((batch, KV_HEADS, SELECTED), -1, dtype=torch.int32, device=device),
     )
 
 
+def weigh(pool: Pool, request: Request) -> None:
+    """`log_mass`."""
+    find_op("log_mass", request.query.device).function(
+        request.mass,
+        request.query,
+        pool.host.key,
+        request.block_table,
+        request.seq_lens,
+        request.tail_start,
+        SINKS,
+        SCALE,
+        0.0,
+    )
+
+
 def score(pool: Pool, request: Request) -> None:
-    """`score_tokens` with the mean of each KV head's queries."""
-    reduced = request.query.float().unflatten(1, (KV_HEADS, -1)).mean(2, keepdim=True)
+    """`score_tokens` by every head, measured against what it pays to sinks and tail."""
+    queries = request.query.float().unflatten(1, (KV_HEADS, -1)) * SCALE
     find_op("score_tokens", request.query.device).function(
         request.scores,
-        reduced,
+        queries,
         pool.derived,
         pool.host.key,
         request.block_table,
         request.tail_start,
+        -request.mass.view(queries.shape[:3]),
         SINKS,
         CHANNELS,
     )
@@ -227,6 +245,7 @@ def attend_sparse(pool: Pool, request: Request) -> None:
 
 def run_sparse_layer(pool: Pool, request: Request) -> None:
     """All of a decode step's attention in a sparse layer."""
+    weigh(pool, request)
     score(pool, request)
     select(request)
     refine(pool, request)

@@ -54,6 +54,7 @@ from layers import (
     run_sparse_layer,
     score,
     select,
+    weigh,
 )
 from timing import Floors, Timer, measure_floors
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -278,7 +279,7 @@ def measure_sparse(
     """The ops of a sparse layer, then the layer."""
     kind = pool.layout.kind.value
     requests = [make_request(pool, context, batch) for _ in range(run.turns)]
-    used = ("score_tokens", "select_topk", "refine_topk")
+    used = ("log_mass", "score_tokens", "select_topk", "refine_topk")
     names = {op: find_op(op, run.device).name for op in used}
     attend = find_op("sparse_decode_attention", run.device).name
     tokens = batch * context
@@ -289,7 +290,11 @@ def measure_sparse(
             "hbm": tokens * KV_HEADS * (4 + ROW_BYTES / GROUP_SIZE),
             "pcie": tokens * KV_HEADS * CHANNELS * DTYPE.itemsize,
         }
-    calls: list[Callable[[], object]] = [partial(score, pool, r) for r in requests]
+    tail = context - 17 - int(requests[0].tail_start[0])
+    calls: list[Callable[[], object]] = [partial(weigh, pool, r) for r in requests]
+    size = batch * (SINKS + tail) * KV_HEADS * ROW_BYTES
+    write_op(run, floors, "log_mass", names["log_mass"], calls, pcie=size, **where)
+    calls = [partial(score, pool, r) for r in requests]
     write_op(run, floors, f"score_tokens {kind}", names["score_tokens"], calls, **moved, **where)
     calls = [partial(select, r) for r in requests]
     size = tokens * KV_HEADS * 4
@@ -297,7 +302,6 @@ def measure_sparse(
     calls = [partial(refine, pool, r) for r in requests]
     size = batch * CANDIDATES * KV_HEADS * ranked_channels(pool) * DTYPE.itemsize
     write_op(run, floors, f"refine_topk {kind}", names["refine_topk"], calls, pcie=size, **where)
-    tail = context - 17 - int(requests[0].tail_start[0])
     size = batch * (SINKS + SELECTED + tail) * FULL_BYTES
     calls = [partial(attend_sparse, pool, r) for r in requests]
     write_op(run, floors, "sparse_decode_attention", attend, calls, pcie=size, **where)

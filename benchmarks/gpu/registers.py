@@ -198,12 +198,16 @@ def calls(case: Case) -> Iterator[Callable[[], Any]]:
             continue
         scored = torch.zeros(rows, heads, case.per_head, case.head_size)
         scores = torch.zeros(rows, heads, 16 * block_size)
-        arguments = (scores, scored, derived, host.key, table, lengths, 8, 8)
+        mass = query.new_zeros(query.shape[:2], dtype=torch.float32)
+        arguments = (mass, query, host.key, table, lengths, lengths, 8, 0.1, 0.0)
+        yield partial(kernels.log_mass, *arguments)
+        offset = mass.view(scored.shape[:3])
+        arguments = (scores, scored, derived, host.key, table, lengths, offset, 8, 8)
         yield partial(kernels.score_tokens, *arguments)
         indices = torch.zeros(rows, heads, 128, dtype=torch.int32)
         attention = (torch.empty_like(query), query, *host[:2], indices, table, lengths)
         yield partial(kernels.sparse_decode_attention, *attention, lengths, 8, 0.1, 0.0)
-        for count in (512, 8192):  # the default, and the most that spill nothing
+        for count in (896, 8192):  # the default, and the most that spill nothing
             candidates = torch.zeros(rows, heads, count, dtype=torch.int32)
             for channels in (case.head_size, case.head_size * 3 // 8):
                 arguments = (indices, candidates, query, host.key, table, channels, 0.1, 0.0)
