@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG"
 
 DECODE_KEYS = {
-    *("shape", "layer", "index", "bits", "selected", "rerank", "context"),
+    *("shape", "layer", "index", "bits", "selected", "rerank", "query_reduce", "context"),
     *("batch", "threads"),
     *("implementation", "isa", "ms", "min_ms", "baseline_ms", "baseline_min_ms", "baseline_isa"),
     *("ratio", "fp8_baseline_ms", "fp8_baseline_min_ms", "fp8_ratio", "parts", "page_sets"),
@@ -58,7 +58,7 @@ def test_decode_attention(tmp_path: Path) -> None:
     arguments = "--shape llama-3.2-1b --context 512,1024 --batch 2 --threads 1 --seconds 0.05"
     options = [*arguments.split(), "--json", "-", "--plot", str(picture)]
     lines = records(run("decode_attention.py", *options, VLLM_TAILORKV_CPU_ISA="portable"))
-    assert [line["context"] for line in lines] == 8 * [512] + 8 * [1024]
+    assert [line["context"] for line in lines] == 9 * [512] + 9 * [1024]
     for line in lines:
         # Where vLLM has no fp8 path the reason stands beside the nulls.
         missing = {"fp8_missing"} if line["fp8_baseline_ms"] is None else set()
