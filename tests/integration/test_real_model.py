@@ -18,8 +18,8 @@ ANSWER_TOKENS = 24
 # Of 32 questions; SmolLM2 is small, and fewer would show little.
 FULL_RIGHT_AT_LEAST = 10
 KEPT_AT_LEAST = 0.9
-"""Of the answers that full attention gives right: one may be lost. None was, of 14; but rounding
-alone, by another instruction set, turns one, for full attention answered 14 or 15 of them."""
+"""Of the answers that full attention gives right: one may be lost. None was, of 14; but one
+is on the edge, for full attention itself answered 14 one day and 15 another."""
 
 
 @pytest.fixture(scope="module")

@@ -56,8 +56,8 @@ def scored_queries(
     """The queries that a KV head's tokens are scored with, and what is added to their scores.
 
     With `query_reduce="max"` a token counts by the head that it matters most to. Heads' scores have
-    different levels, so each head's are measured against what it pays to sinks and tail, which
-    hold most of the attention of most heads.
+    different levels, so each head's are measured against what it pays to sinks and tail, which are
+    read anyway. Only that measure heeds a soft cap: rough scores are not capped.
 
     Args:
         query: [R, H, d].
