@@ -150,6 +150,13 @@ def check_decode(
     _check_block_table(block_table, query.shape[0])
 
 
+def _check_mass(mass: torch.Tensor, query: torch.Tensor) -> None:
+    _require(
+        mass.shape == query.shape[:2] and mass.dtype == torch.float32, "mass must be float32 [R, H]"
+    )
+    _require(mass.is_contiguous(), "mass must be contiguous")
+
+
 def check_mass(
     mass: torch.Tensor,
     query: torch.Tensor,
@@ -160,10 +167,7 @@ def check_mass(
 ) -> None:
     """Arguments of `log_mass`."""
     check_decode(query, query, key_cache, key_cache, block_table, seq_lens)
-    _require(
-        mass.shape == query.shape[:2] and mass.dtype == torch.float32, "mass must be float32 [R, H]"
-    )
-    _require(mass.is_contiguous(), "mass must be contiguous")
+    _check_mass(mass, query)
     check_rows("tail_start", tail_start, query.shape[0])
 
 
@@ -240,6 +244,7 @@ def check_refine(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
+    mass: torch.Tensor,
     channels: int,
 ) -> None:
     """Arguments of `refine_topk`."""
@@ -251,6 +256,7 @@ def check_refine(
     _require(query.is_contiguous(), "query must be contiguous")
     check_indices(indices, key_cache, query.shape[0])
     check_indices(candidates, key_cache, query.shape[0])
+    _check_mass(mass, query)
     _check_block_table(block_table, query.shape[0])
 
 

@@ -197,12 +197,15 @@ def refine_topk(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
+    mass: torch.Tensor,
     channels: int,
     scale: float,
     softcap: float,
 ) -> None:
     """See `ops.refine_topk`."""
-    _ops.refine_topk(indices, candidates, query, key_cache, block_table, channels, scale, softcap)
+    _ops.refine_topk(
+        indices, candidates, query, key_cache, block_table, mass, channels, scale, softcap
+    )
 
 
 def sparse_decode_attention(

@@ -283,6 +283,7 @@ def refine_topk(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
+    mass: torch.Tensor,
     *,
     channels: int,
     scale: float,
@@ -290,8 +291,9 @@ def refine_topk(
 ) -> None:
     """The k candidates that truly weigh most: what a rough index ranked, ranked again exactly.
 
-    A candidate's weight is its share of the attention among the candidates (softmax of `q.k *
-    scale` with K in full precision), summed over the query heads of the KV head. Only the
+    A candidate's weight is its share of what a head pays to the candidates and elsewhere (softmax
+    of `q.k * scale` with K in full precision, and of `mass`), summed over the query heads of the KV
+    head: a head that pays nearly all elsewhere has little to say. Only the
     `channels` channels with the largest `max over heads |q_c| * (max K_c[s] - min K_c[s])` are read
     (the lower channel first among equals), where s are 16 candidates spread evenly: candidates
     `i * n // m` for i < m = min(16, n), n being how many there are.
@@ -303,13 +305,14 @@ def refine_topk(
         query: [R, H, d], the cache's dtype.
         key_cache: [NB, Hk, bs, d].
         block_table: int32 [R, max_blocks].
+        mass: float32 [R, H], contiguous; as `log_mass` leaves it, or -inf for nothing elsewhere.
         channels: how many channels of K are read, at most d.
         scale: factor on q.k before the softmax.
         softcap: if positive, scores become `softcap * tanh(score / softcap)`.
     """
-    checks.check_refine(indices, candidates, query, key_cache, block_table, channels)
+    checks.check_refine(indices, candidates, query, key_cache, block_table, mass, channels)
     implementation("refine_topk", key_cache)(
-        indices, candidates, query, key_cache, block_table, channels, scale, softcap
+        indices, candidates, query, key_cache, block_table, mass, channels, scale, softcap
     )
 
 

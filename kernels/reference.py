@@ -350,6 +350,7 @@ def refine_topk(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
+    mass: torch.Tensor,
     channels: int,
     scale: float,
     softcap: float,
@@ -374,7 +375,9 @@ def refine_topk(
             if softcap > 0:
                 scores = softcap * torch.tanh(scores / softcap)
             # One head's order is that of its scores, also where weights vanish.
-            weights = scores[0] if len(scores) == 1 else scores.softmax(-1).sum(0)
+            elsewhere = mass[row].unflatten(0, (num_kv_heads, -1))[head, :, None]
+            shares = torch.cat((scores, elsewhere), dim=-1).softmax(-1)[:, :-1]
+            weights = scores[0] if len(scores) == 1 else shares.sum(0)
             best = torch.argsort(weights, descending=True, stable=True)[: indices.shape[2]]
             kept = chosen[best].sort().values
             indices[row, head, : len(kept)] = kept.to(torch.int32)

@@ -21,8 +21,8 @@ class LayerQuality:
     recall: share of the oracle's tokens, as many as were selected, that were selected.
     mass: share of the attention on sinks, selected tokens and tail.
     error: norm of the output's error over the norm of the output of full attention.
-    of_oracle: of the attention among the tokens between sinks and tail, what the selection keeps,
-        as a share of what the oracle keeps with as many tokens; all query heads weigh the same.
+    of_oracle: the attention that the selected tokens between sinks and tail hold, as a share of
+        what as many tokens can hold at most; all query heads weigh the same.
     heads: the same for each KV head.
     kind: of the text.
     """
@@ -83,7 +83,7 @@ class Observer:
         weights = scores.softmax(-1)
         kept = _mask(indices, key.shape[1])
         if tail > sinks:
-            among = scores[..., sinks:tail].softmax(-1).sum(1)
+            among = weights[..., sinks:tail].sum(1)
             counts = kept[:, sinks:tail].sum(-1, keepdim=True)
             order = among.argsort(-1, descending=True)
             ranks = torch.empty_like(order).scatter_(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vllm_tailorkv.attention.metadata import DecodeRows
 from vllm_tailorkv.attention.selection import Layer
+from vllm_tailorkv.kernels import ops
 
 
 def context_of(cache: Tensor, block_table: Tensor, length: int) -> Tensor:
@@ -47,6 +48,9 @@ class Policy:
     scale: float
     """Factor on q.k before the softmax."""
 
+    elsewhere: Tensor
+    """Log of what the heads of the row pay to sinks and tail: [Hk, G]."""
+
     def __init__(self) -> None:
         self.restart(1)
 
@@ -59,6 +63,17 @@ class Policy:
         """See `Selector`."""
         self.scale = layer.scale
         sinks = layer.config.sink_tokens
+        mass = torch.empty(query.shape[:2])
+        ops.log_mass(
+            mass,
+            query,
+            layer.pages.host.key,
+            rows.block_table,
+            rows.seq_lens,
+            rows.boundary,
+            sink_tokens=sinks,
+            scale=layer.scale,
+        )
         chosen, middles = [], {}
         for row, end in enumerate(rows.boundary.tolist()):
             place = self._place(layer, rows.block_table[row], end)
@@ -69,6 +84,7 @@ class Policy:
             middles[place] = middle
             key, prepared = middle
             grouped = query[row].float().unflatten(0, (key.shape[0], -1))
+            self.elsewhere = mass[row].unflatten(0, (key.shape[0], -1))
             count = min(layer.config.topk_tokens, key.shape[1])
             positions = self.choose(grouped, key, count, prepared)
             none = positions >= key.shape[1]
@@ -92,9 +108,10 @@ class Policy:
         raise NotImplementedError
 
     def weights(self, query: Tensor, key: Tensor) -> Tensor:
-        """Attention over these tokens, summed over the heads of a KV head: [Hk, n]."""
+        """Attention on these tokens, of all, summed over the heads of a KV head: [Hk, n]."""
         scores = torch.einsum("hgd,hnd->hgn", query, key) * self.scale
-        return scores.softmax(-1).sum(1)
+        total = torch.logaddexp(scores.logsumexp(-1), self.elsewhere)
+        return (scores - total[..., None]).exp().sum(1)
 
 
 class Oracle(Policy):

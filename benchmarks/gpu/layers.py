@@ -223,6 +223,7 @@ def refine(pool: Pool, request: Request) -> None:
         request.query,
         pool.host.key,
         request.block_table,
+        request.mass,
         ranked_channels(pool),
         SCALE,
         0.0,

@@ -51,7 +51,8 @@ class Step:
         if self.case.layer == "dense":
             return {"quantized_decode_attention": self.attend_codes}
         refine = {"refine_topk": self.refine} if self.case.rerank > 1 else {}
-        mass = {"log_mass": self.weigh} if self.case.query_reduce == "max" else {}
+        measured = self.case.query_reduce == "max" or self.case.rerank > 1
+        mass = {"log_mass": self.weigh} if measured else {}
         return {
             **mass,
             "propose_topk": self.propose,
@@ -118,6 +119,7 @@ class Step:
             self.inputs.query,
             pages.host.gathered_key,
             pages.block_table,
+            self.mass,
             channels=self.inputs.shape.head_size,
             scale=self.inputs.scale,
         )

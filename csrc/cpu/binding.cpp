@@ -322,19 +322,21 @@ void select_topk(const Tensor& indices, const Tensor& scores, const Tensor& tail
 }
 
 void refine_topk(const Tensor& indices, const Tensor& candidates, const Tensor& query,
-                 const Tensor& key_cache, const Tensor& block_table, int64_t channels, double scale,
-                 double softcap) {
+                 const Tensor& key_cache, const Tensor& block_table, const Tensor& mass,
+                 int64_t channels, double scale, double softcap) {
   const auto dtype = key_cache.scalar_type();
   const auto shape = shape_of(key_cache);
   require_contiguous(indices, "indices", 3, ScalarType::Int);
   require_contiguous(candidates, "candidates", 3, ScalarType::Int);
   require_contiguous(query, "query", 3, dtype);
+  require_contiguous(mass, "mass", 2, ScalarType::Float);
   kernels().refine_topk(
       {float_dtype(key_cache, "key_cache"), shape, size(query, 0), size(query, 1), size(indices, 2),
        size(candidates, 2), static_cast<int32_t*>(indices.data_ptr()),
        static_cast<const int32_t*>(candidates.data_ptr()), query.data_ptr(),
        cache(key_cache, "key_cache", dtype), block_table_of(block_table, query.size(0)),
-       static_cast<int32_t>(channels), static_cast<float>(scale), static_cast<float>(softcap)});
+       static_cast<const float*>(mass.data_ptr()), static_cast<int32_t>(channels),
+       static_cast<float>(scale), static_cast<float>(softcap)});
 }
 
 void sparse_decode_attention(const Tensor& output, const Tensor& query, const Tensor& key_cache,
@@ -422,7 +424,7 @@ STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
       "sink_tokens) -> ()");
   m.def(
       "refine_topk(Tensor(a!) indices, Tensor candidates, Tensor query, Tensor key_cache, "
-      "Tensor block_table, int channels, float scale, float softcap) -> ()");
+      "Tensor block_table, Tensor mass, int channels, float scale, float softcap) -> ()");
   m.def(
       "sparse_decode_attention(Tensor(a!) output, Tensor query, Tensor "
       "key_cache, "

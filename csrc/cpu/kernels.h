@@ -163,6 +163,7 @@ struct RefineTopk {
   const void* query;                              // [R, H, d]
   Cache key_cache;
   BlockTable block_table;
+  const float* mass;  // [R, H]
   int32_t channels;
   float scale, softcap;
 };

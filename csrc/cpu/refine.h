@@ -146,7 +146,8 @@ void score_candidates(const RefineTopk& op, const Refined& refined, int64_t begi
 
 // The attention weights of n candidates, summed over the query heads.
 //   scores: [G, padded(C)], overwritten; the first row receives the sums
-inline void sum_weights(const RefineTopk& op, float* scores, int64_t n) {
+//   mass: [G], log of what each head pays elsewhere
+inline void sum_weights(const RefineTopk& op, const float* mass, float* scores, int64_t n) {
   const int64_t stride = padded(op.candidate_count), end = padded(n);
   const int64_t group_heads = op.query_heads / op.shape.kv_heads;
   for (int64_t h = 0; h < group_heads; ++h) {
@@ -162,14 +163,15 @@ inline void sum_weights(const RefineTopk& op, float* scores, int64_t n) {
     for (int64_t i = n; i < end; ++i) row[i] = -kInfinity;
     // One head's order is that of its scores, also where weights vanish.
     if (group_heads == 1) return;
-    const float highest = largest(most);
+    const float highest = largest(max(most, splat(mass[h])));
     F total = splat(0);
     for (int64_t i = 0; i < end; i += W) {
       F x = exponential(load(row + i) - splat(highest));
       store(row + i, x);
       total = total + x;
     }
-    const F inverse = splat(1.0f / sum(total));
+    const float elsewhere = largest(exponential(splat(mass[h] - highest)));
+    const F inverse = splat(1.0f / (sum(total) + elsewhere));
     for (int64_t i = 0; i < end; i += W) {
       F x = load(row + i) * inverse;
       store(scores + i, h == 0 ? x : x + load(scores + i));
@@ -220,7 +222,7 @@ void refine(const RefineTopk& op) {
     int64_t kept = 0;
     if (refined[pair].found > 0) {
       float* weights = scores + pair * size;
-      sum_weights(op, weights, refined[pair].found);
+      sum_weights(op, op.mass + pair * group_heads, weights, refined[pair].found);
       Ranked ranked = buffers + buffer_size(k) * omp_get_thread_num();
       Best best(ranked, k, nullptr);
       best.offer(weights, 0, refined[pair].found);

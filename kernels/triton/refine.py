@@ -1,5 +1,7 @@
 """Candidates ranked again by their true attention, K read in place."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from vllm_tailorkv.kernels.triton.attend import (
 )
 from vllm_tailorkv.kernels.triton.launch import split_count
 
+_LOG2_E = tl.constexpr(math.log2(math.e))
 _BLOCK_TOKENS = 16
 _BLOCK_PLACES = 512
 _SAMPLES = 16
@@ -153,7 +156,8 @@ def _select_heaviest(
     num_indices,
     candidates,  # int32 [R, Hk, num_candidates]
     num_candidates,
-    scores,  # float32 [R, H, num_candidates]
+    scores,  # float32 [R, H, num_candidates], in base 2
+    mass,  # float32 [R, H], in base e
     PER_HEAD: tl.constexpr,
     PLACES: tl.constexpr,
 ):
@@ -171,8 +175,10 @@ def _select_heaviest(
         for i in range(PER_HEAD):
             line = scores + i * num_candidates + place
             line = tl.load(line, mask=there, other=-float("inf"))
-            powers = tl.exp2(line - finite(tl.max(line, 0)))
-            total = tl.sum(powers, 0)
+            elsewhere = tl.load(mass + row_head * PER_HEAD + i) * _LOG2_E
+            highest = finite(tl.maximum(tl.max(line, 0), elsewhere))
+            powers = tl.exp2(line - highest)
+            total = tl.sum(powers, 0) + tl.exp2(elsewhere - highest)
             weights += powers / tl.where(total == 0.0, 1.0, total)
     chosen = largest(weights, there, num_indices)
     indices += row_head * num_indices
@@ -187,6 +193,7 @@ def refine_topk(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
+    mass: torch.Tensor,
     channels: int,
     scale: float,
     softcap: float,
@@ -255,6 +262,7 @@ def refine_topk(
         indices.shape[2],
         *proposed,
         scores,
+        mass,
         PER_HEAD=num_heads // heads,
         PLACES=places,
         # One warp exchanges nothing with others while it holds 16 weights a thread.

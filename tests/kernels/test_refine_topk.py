@@ -18,7 +18,12 @@ def candidates_of(lengths: list[int], heads: int, count: int, seed: int = 1) -> 
     return result
 
 
-def weights_of(context, query, candidates, channels, scale, softcap) -> torch.Tensor:
+def nothing_elsewhere(query: torch.Tensor) -> torch.Tensor:
+    """float32 [R, H]: no head pays anything elsewhere."""
+    return torch.full(query.shape[:2], -torch.inf)
+
+
+def weights_of(context, query, candidates, mass, channels, scale, softcap) -> torch.Tensor:
     """float64 [R, Hk, C]: what each candidate weighs; -1 where there is none."""
     key_cache = context.cache.host.key
     _, heads, block_size, _ = key_cache.shape
@@ -39,17 +44,22 @@ def weights_of(context, query, candidates, channels, scale, softcap) -> torch.Te
             if softcap:
                 scores = softcap * (scores / softcap).tanh()
             if len(chosen):
-                result[row, head, : len(chosen)] = scores.softmax(-1).sum(0)
+                elsewhere = mass[row].double().unflatten(0, (heads, -1))[head, :, None]
+                total = torch.cat((scores, elsewhere), -1).logsumexp(-1, keepdim=True)
+                result[row, head, : len(chosen)] = (scores - total).exp().sum(0)
     return result
 
 
-def check(function, context, query, candidates, k, channels=None, scale=0.1, softcap=0.0):
+def check(
+    function, context, query, candidates, k, channels=None, scale=0.1, softcap=0.0, mass=None
+):
     """The k heaviest candidates, but for those whose weights float32 cannot tell apart."""
     indices = torch.full((*candidates.shape[:2], k), 12345, dtype=torch.int32)
     channels = channels or query.shape[2]
     key, table = context.cache.host.key, context.block_table
-    function(indices, candidates, query, key, table, channels, scale, softcap)
-    weights = weights_of(context, query, candidates, channels, scale, softcap)
+    mass = nothing_elsewhere(query) if mass is None else mass
+    function(indices, candidates, query, key, table, mass, channels, scale, softcap)
+    weights = weights_of(context, query, candidates, mass, channels, scale, softcap)
     for row in range(len(query)):
         for head in range(candidates.shape[1]):
             there = candidates[row, head][candidates[row, head] >= 0].tolist()
@@ -61,7 +71,7 @@ def check(function, context, query, candidates, k, channels=None, scale=0.1, sof
             left_out = [weight[i] for i in there if i not in set(chosen)]
             if chosen and left_out:
                 lightest = min(weight[i] for i in chosen)
-                assert lightest >= max(left_out) * (1 - 1e-4)
+                assert lightest >= max(left_out) * (1 - 1e-4) - 1e-37
 
 
 @pytest.mark.parametrize("key_layout", list(KeyLayout))
@@ -87,6 +97,33 @@ def test_softcap(fast, build_context, softcap):
         check(function, context, query, candidates_of([300], 2, 64), 16, 64, 0.3, softcap)
 
 
+@pytest.mark.parametrize("scale", [0.1, 20.0])
+@pytest.mark.parametrize("level", [-1e4, 0.0, 1e4])
+def test_heads_are_measured_against_what_they_pay_elsewhere(fast, build_context, scale, level):
+    """Scores of either sign and any size, beside what is paid elsewhere, less or more."""
+    context = build_context([300], dtype=torch.float32)
+    query = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(4))
+    mass = torch.tensor([[level, 0.0, 3.0, -torch.inf, 8.0, 5.0, level, -3.0]])
+    for function in (fast.refine_topk, reference.refine_topk):
+        check(function, context, query, candidates_of([300], 2, 64), 16, 64, scale, 0.0, mass=mass)
+
+
+def test_a_head_that_pays_all_elsewhere_has_no_say(fast, build_context):
+    context = context_of_scores(build_context, torch.zeros(1, 128))
+    key, block = context.cache.host.key, context.block_table[0, 0]
+    key[block, 0, :64, 0] = 8.0  # what the first head looks for
+    key[block, 0, 64:, 1] = 4.0  # and the second
+    query = torch.zeros(1, 2, 64)
+    query[0, 0, 0] = query[0, 1, 1] = 1
+    candidates = torch.arange(128, dtype=torch.int32)[None, None]
+    for mass, expected in ((-torch.inf, range(64)), (20.0, range(64, 128))):
+        paid = torch.tensor([[mass, 0.0]])
+        for function in (fast.refine_topk, reference.refine_topk):
+            indices = torch.zeros(1, 1, 64, dtype=torch.int32)
+            function(indices, candidates, query, key, context.block_table, paid, 64, 1.0, 0.0)
+            assert indices.flatten().tolist() == list(expected)
+
+
 def test_equal_weights_keep_the_lower_positions(fast, build_context):
     context = build_context([256])
     context.cache.host.key.fill_(1.0)
@@ -94,9 +131,8 @@ def test_equal_weights_keep_the_lower_positions(fast, build_context):
     candidates = candidates_of([256], 2, 40)
     for function in (fast.refine_topk, reference.refine_topk):
         indices = torch.zeros(1, 2, 8, dtype=torch.int32)
-        function(
-            indices, candidates, query, context.cache.host.key, context.block_table, 64, 0.1, 0.0
-        )
+        key, table = context.cache.host.key, context.block_table
+        function(indices, candidates, query, key, table, nothing_elsewhere(query), 64, 0.1, 0.0)
         assert torch.equal(indices, candidates[..., :8])
 
 
@@ -130,11 +166,13 @@ def test_one_head_is_exact(fast, build_context, kind, k):
     scores = KINDS[kind](torch.randn(2, 1100, generator=torch.Generator().manual_seed(3)))
     context = context_of_scores(build_context, scores)
     query, scale = torch.ones(1, 2, 64), 0.1 if kind == "vanishing" else 1.0
+    # What one head pays elsewhere changes no order.
+    mass = torch.tensor([[90.0, -torch.inf]])
     candidates = candidates_of([1100], 2, 650)
     indices = torch.full((2, 1, 2, k), 12345, dtype=torch.int32)
     key, table = context.cache.host.key, context.block_table
     for function, result in zip((fast.refine_topk, reference.refine_topk), indices, strict=True):
-        function(result, candidates, query, key, table, 64, scale, 0.0)
+        function(result, candidates, query, key, table, mass, 64, scale, 0.0)
     assert torch.equal(*indices)
 
 
@@ -144,10 +182,11 @@ def test_ties_between_channels(fast, build_context, key_layout):
     sign = torch.randn(context.cache.host.key.shape, generator=torch.Generator().manual_seed(2))
     context.cache.host.key.copy_(sign.sign())
     query, candidates = torch.ones(1, 2, 64), candidates_of([400], 2, 200)
+    mass = nothing_elsewhere(query)
     indices = torch.full((2, 1, 2, 50), 12345, dtype=torch.int32)
     key, table = context.cache.host.key, context.block_table
     for function, result in zip((fast.refine_topk, reference.refine_topk), indices, strict=True):
-        function(result, candidates, query, key, table, 5, 1.0, 0.0)
+        function(result, candidates, query, key, table, mass, 5, 1.0, 0.0)
     assert torch.equal(*indices)
 
 
@@ -165,7 +204,8 @@ def test_samples_choose_channels(fast, build_context):
     key[block, 0, 20 + torch.tensor(hidden), 1] = 100.0
     key[block, 0, 20 + hidden[3], 0] = 1.0
     indices = torch.full((1, 1, 2), 12345, dtype=torch.int32)
-    fast.refine_topk(indices, candidates, query, key, context.block_table, 1, 1.0, 0.0)
+    mass, table = nothing_elsewhere(query), context.block_table
+    fast.refine_topk(indices, candidates, query, key, table, mass, 1, 1.0, 0.0)
     assert indices.flatten().tolist() == [20, 20 + hidden[3]]
 
 
@@ -191,7 +231,7 @@ def test_nothing(fast, build_context, rows, count, k):
     query = torch.ones(rows, 4, 64, dtype=torch.bfloat16)
     indices = torch.zeros(rows, 2, k, dtype=torch.int32)
     key, table = context.cache.host.key, context.block_table[:rows]
-    fast.refine_topk(indices, candidates, query, key, table, 64, 0.1, 0.0)
+    fast.refine_topk(indices, candidates, query, key, table, nothing_elsewhere(query), 64, 0.1, 0.0)
     assert (indices == -1).all()
 
 
@@ -202,7 +242,9 @@ def test_triton_names_its_limit(build_context):
     indices = torch.zeros(1, 2, 4, dtype=torch.int32)
     key, table = context.cache.host.key, context.block_table
     with pytest.raises(ValueError, match="lower topk_tokens or rerank_factor"):
-        triton.refine_topk(indices, candidates, query, key, table, 64, 0.1, 0.0)
+        triton.refine_topk(
+            indices, candidates, query, key, table, nothing_elsewhere(query), 64, 0.1, 0.0
+        )
 
 
 def test_no_candidates(fast, build_context):
@@ -211,9 +253,8 @@ def test_no_candidates(fast, build_context):
     query = torch.ones(1, 4, 64, dtype=torch.bfloat16)
     for function in (fast.refine_topk, reference.refine_topk):
         indices = torch.zeros(1, 2, 4, dtype=torch.int32)
-        function(
-            indices, candidates, query, context.cache.host.key, context.block_table, 64, 0.1, 0.0
-        )
+        key, table = context.cache.host.key, context.block_table
+        function(indices, candidates, query, key, table, nothing_elsewhere(query), 64, 0.1, 0.0)
         assert (indices == -1).all()
 
 
@@ -223,16 +264,21 @@ def test_public_op_checks_its_arguments(build_context):
     query = torch.ones(1, 4, 64, dtype=torch.bfloat16)
     indices = torch.zeros(1, 2, 5, dtype=torch.int32)
     key, table = context.cache.host.key, context.block_table
-    ops.refine_topk(indices, candidates, query, key, table, channels=64, scale=0.1)
+    mass = nothing_elsewhere(query)
+    ops.refine_topk(indices, candidates, query, key, table, mass, channels=64, scale=0.1)
     for broken in (
-        (indices[:, :1], candidates, query, key, table),
-        (indices, candidates.long(), query, key, table),
-        (indices, candidates, query.float(), key, table),
-        (indices, candidates, query[:, :3], key, table),
-        (indices, candidates, query, key, table[:0]),
+        (indices[:, :1], candidates, query, key, table, mass),
+        (indices, candidates.long(), query, key, table, mass),
+        (indices, candidates, query.float(), key, table, mass),
+        (indices, candidates, query[:, :3], key, table, mass),
+        (indices, candidates, query, key, table[:0], mass),
+        (indices, candidates, query, key, table, mass[:, :3]),
+        (indices, candidates, query, key, table, mass.double()),
     ):
         with pytest.raises(ValueError):
             ops.refine_topk(*broken, channels=64, scale=0.1)
     for channels in (0, 65):
         with pytest.raises(ValueError, match="channels"):
-            ops.refine_topk(indices, candidates, query, key, table, channels=channels, scale=0.1)
+            ops.refine_topk(
+                indices, candidates, query, key, table, mass, channels=channels, scale=0.1
+            )

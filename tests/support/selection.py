@@ -47,7 +47,7 @@ def make_layer(
 
 
 def true_weights(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Attention over the middle, summed over the heads of a KV head: [Hk, TAIL - 8]."""
+    """Attention on the middle, of all, summed over the heads of a KV head: [Hk, TAIL - 8]."""
     grouped = query[0].unflatten(0, (HEADS, GROUP))
-    scores = torch.einsum("hgd,hnd->hgn", grouped, key[:, 8:TAIL]) * 0.125
-    return scores.softmax(-1).sum(1)
+    scores = torch.einsum("hgd,hnd->hgn", grouped, key) * 0.125
+    return scores.softmax(-1)[..., 8:TAIL].sum(1)

@@ -50,27 +50,20 @@ class Selector(Protocol):
         ...
 
 
-def scored_queries(
-    query: torch.Tensor, layer: Layer, rows: DecodeRows
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The queries that a KV head's tokens are scored with, and what is added to their scores.
-
-    With `query_reduce="max"` a token counts by the head that it matters most to. Heads' scores have
-    different levels, so each head's are measured against what it pays to sinks and tail, which are
-    read anyway. Only that measure heeds a soft cap: rough scores are not capped.
+def paid_elsewhere(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tensor:
+    """What each head pays to sinks and tail, which are read anyway: a measure of its scores.
 
     Args:
         query: [R, H, d].
 
     Returns:
-        float32 [R, Hk, Q, d] and [R, Hk, Q], Q = 1 for `mean`, else H / Hk.
+        float32 [R, H], logarithms; -inf where heads need no common measure.
     """
-    key = layer.pages.host.gathered_key
-    grouped = query.float().unflatten(1, (key.shape[1], -1))
-    if layer.config.query_reduce == "mean" or grouped.shape[2] == 1:
-        mean = grouped.mean(2, keepdim=True)
-        return mean, mean.new_zeros(mean.shape[:3])
+    key, config = layer.pages.host.gathered_key, layer.config
     mass = layer.workspace.get("mass", query.shape[:2], torch.float32)
+    alone = query.shape[1] == key.shape[1]
+    if alone or (config.query_reduce == "mean" and config.rerank_factor == 1):
+        return mass.fill_(-torch.inf)
     ops.log_mass(
         mass,
         query,
@@ -82,6 +75,29 @@ def scored_queries(
         scale=layer.scale,
         softcap=layer.softcap,
     )
+    return mass
+
+
+def scored_queries(
+    query: torch.Tensor, layer: Layer, mass: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The queries that a KV head's tokens are scored with, and what is added to their scores.
+
+    With `query_reduce="max"` a token counts by the head that it matters most to. Heads' scores have
+    different levels, so each head's are measured against what it pays elsewhere. Only that measure
+    heeds a soft cap: rough scores are not capped.
+
+    Args:
+        query: [R, H, d].
+        mass: as of `paid_elsewhere`.
+
+    Returns:
+        float32 [R, Hk, Q, d] and [R, Hk, Q], Q = 1 for `mean`, else H / Hk.
+    """
+    grouped = query.float().unflatten(1, (layer.pages.host.key.shape[1], -1))
+    if layer.config.query_reduce == "mean" or grouped.shape[2] == 1:
+        mean = grouped.mean(2, keepdim=True)
+        return mean, mean.new_zeros(mean.shape[:3])
     return grouped * layer.scale, -mass.view(grouped.shape[:3])
 
 
@@ -93,7 +109,8 @@ def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tenso
     shape = (len(query), host.key.shape[1])
     count = config.topk_tokens * config.rerank_factor
     candidates = workspace.get("candidates", (*shape, count), torch.int32)
-    queries, offset = scored_queries(query, layer, rows)
+    mass = paid_elsewhere(query, layer, rows)
+    queries, offset = scored_queries(query, layer, mass)
     ops.propose_topk(
         candidates,
         queries,
@@ -115,6 +132,7 @@ def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tenso
         query,
         host.gathered_key,
         rows.block_table,
+        mass,
         channels=_ranked_channels(host.gathered_key),
         scale=layer.scale,
         softcap=layer.softcap,
