@@ -19,7 +19,7 @@ import argparse
 
 import torch
 from speed.command import Lines, add_output, numbers, parser, positive, progress
-from speed.shapes import CASES, GROUP_SIZE, SHAPES
+from speed.shapes import CASES, GROUP_SIZES, SHAPES
 
 _EXAMPLES = """\
   python benchmarks/write_pages.py --context 8192,32768
@@ -68,7 +68,7 @@ def _arguments() -> argparse.Namespace:
         type=positive,
         default=2048,
         metavar="N",
-        help="tokens written at once, a multiple of 64, as the scheduler's budget (%(default)s)",
+        help="tokens written at once, a multiple of 128, as the scheduler's budget (%(default)s)",
     )
     options.add_argument(
         "--attention-rows",
@@ -82,8 +82,8 @@ def _arguments() -> argparse.Namespace:
     )
     add_output(options)
     args = options.parse_args()
-    if args.chunk % GROUP_SIZE:
-        options.error(f"--chunk must be a multiple of {GROUP_SIZE}, is {args.chunk}")
+    if args.chunk % (largest := max(GROUP_SIZES.values())):
+        options.error(f"--chunk must be a multiple of {largest}, is {args.chunk}")
     return args
 
 

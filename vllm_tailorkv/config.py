@@ -33,7 +33,7 @@ PAPER: dict[str, Any] = {
     "index": "channels",
     "critical_channels": 8,
     "query_reduce": "mean",
-    "rerank_factor": 1,
+    "rerank_factor": 1.0,
     "sink_tokens": 8,
     "recent_tokens": 56,
     "topk_tokens": 128,
@@ -43,7 +43,7 @@ PAPER: dict[str, Any] = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {"topk_tokens": 128, "rerank_factor": 4},
+    "fast": {"topk_tokens": 128, "rerank_factor": 4.0},
     "accurate": {"topk_tokens": 960},
     "paper": PAPER,
     "paper-long": PAPER | {"critical_channels": 12, "topk_tokens": 960},
@@ -101,15 +101,21 @@ class TailorKVConfig(BaseModel):
         default="onebit",
         description="How sparse layers find tokens: by K at 1 bit, or by a few channels of K.",
     )
+    index_group_size: Literal[32, 64, 128] = Field(
+        default=128,
+        description='Tokens that share a scale of index="onebit", fewer where the block size is no '
+        "multiple.",
+    )
     query_reduce: Literal["mean", "max"] = Field(
         default="max",
         description="How the query heads of a KV head agree on tokens: the largest of their "
         "scores, each measured against what the head pays to sinks and newest tokens, or their "
         "mean query, which scores once and not for every head.",
     )
-    rerank_factor: int = Field(
-        default=2,
+    rerank_factor: float = Field(
+        default=2.25,
         ge=1,
+        le=64,
         description="The index proposes so many times topk_tokens, of which those that truly weigh "
         "most are taken; 1: what it ranks highest is taken.",
     )
@@ -176,6 +182,11 @@ class TailorKVConfig(BaseModel):
     def budget_tokens(self) -> int:
         """Tokens that a sparse layer reads in full precision in a decode step."""
         return self.sink_tokens + self.topk_tokens + self.recent_tokens
+
+    @property
+    def candidate_tokens(self) -> int:
+        """Tokens that the index proposes in a decode step."""
+        return int(self.topk_tokens * self.rerank_factor)
 
     @property
     def exact_below(self) -> int:

@@ -17,9 +17,10 @@ from vllm_tailorkv.kernels.types import DerivedPages
 from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
 
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
-BLOCK_SIZE, GROUP_SIZE = 128, 64
+BLOCK_SIZE = 128
+GROUP_SIZES = {DerivedKind.ONEBIT: 128, DerivedKind.CHANNELS: 64, DerivedKind.DENSE: 64}
 SINKS, RECENT, SELECTED, RESIDUAL, CHANNELS = 8, 56, 448, 128, 8
-CANDIDATES = 2 * SELECTED
+CANDIDATES = int(2.25 * SELECTED)
 DTYPE = torch.bfloat16
 SCALE = HEAD_SIZE**-0.5
 ROW_BYTES = HEAD_SIZE * DTYPE.itemsize
@@ -100,7 +101,7 @@ def make_host_bytes(num_blocks: int, device: torch.device) -> HostBytes:
 def make_layout(kind: DerivedKind, bits: int, key_layout: KeyLayout) -> PageLayout:
     """The layout of a layer's pages."""
     return PageLayout(
-        kind, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, GROUP_SIZE, bits, DTYPE.itemsize, key_layout
+        kind, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, GROUP_SIZES[kind], bits, DTYPE.itemsize, key_layout
     )
 
 
@@ -157,8 +158,9 @@ def make_request(pool: Pool, context: int, batch: int) -> Request:
     ).int()
     query = torch.randn(batch, HEADS, HEAD_SIZE, device=device).to(DTYPE)
     lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
-    tail = torch.minimum(lengths - RECENT, lengths // GROUP_SIZE * GROUP_SIZE)
-    coded = (lengths - RESIDUAL).clamp(min=0) // GROUP_SIZE * GROUP_SIZE
+    size = pool.layout.group_size
+    tail = torch.minimum(lengths - RECENT, lengths // size * size)
+    coded = (lengths - RESIDUAL).clamp(min=0) // size * size
     return Request(
         query,
         torch.full_like(query, float("nan")),

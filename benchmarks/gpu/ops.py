@@ -32,7 +32,6 @@ from layers import (
     CHANNELS,
     DTYPE,
     FULL_BYTES,
-    GROUP_SIZE,
     HEAD_SIZE,
     HEADS,
     KV_HEADS,
@@ -208,22 +207,23 @@ def measure_groups(run: Run, floors: Floors, pool: Pool) -> None:
     quantize = find_op("quantize_groups", run.device)
     in_pool = pool.num_blocks * pool.layout.groups_per_block
     for tokens in token_counts(run):
-        count = -(-tokens // GROUP_SIZE)
+        count = -(-tokens // pool.layout.group_size)
         calls: list[Callable[[], object]] = []
         for _ in range(run.turns):
             chosen = torch.randperm(in_pool, device=run.device)[:count]
             calls.append(partial(quantize.function, chosen, *pool.host[:2], pool.derived))
         # An index reads K alone.
         share = 1.0 if pool.layout.kind is DerivedKind.DENSE else 0.5
-        size = count * GROUP_SIZE * FULL_BYTES * share
+        size = count * pool.layout.group_size * FULL_BYTES * share
         name = f"quantize_groups {pool.layout.kind.value}"
         write_op(run, floors, name, quantize.name, calls, pcie=size, groups=count)
 
 
-def bytes_of_codes(bits: int, both: bool) -> float:
-    """K codes (and V codes) of a token, all heads, with scales and zeros."""
-    one = HEAD_SIZE * bits / 8 + 4 * HEAD_SIZE / GROUP_SIZE
-    return KV_HEADS * one * (2 if both else 1)
+def bytes_of_codes(pool: Pool) -> float:
+    """K codes (and V codes of a dense layer) of a token, all heads, with scales and zeros."""
+    layout = pool.layout
+    one = HEAD_SIZE * layout.bits / 8 + 4 * HEAD_SIZE / layout.group_size
+    return KV_HEADS * one * (2 if layout.kind is DerivedKind.DENSE else 1)
 
 
 def check_finite(requests: list[Request]) -> None:
@@ -284,10 +284,10 @@ def measure_sparse(
     attend = find_op("sparse_decode_attention", run.device).name
     tokens = batch * context
     where = {"context": context, "batch": batch}
-    moved: dict[str, float] = {"hbm": tokens * (bytes_of_codes(1, both=False) + 4 * KV_HEADS)}
+    moved: dict[str, float] = {"hbm": tokens * (bytes_of_codes(pool) + 4 * KV_HEADS)}
     if pool.layout.kind is DerivedKind.CHANNELS:
         moved = {
-            "hbm": tokens * KV_HEADS * (4 + ROW_BYTES / GROUP_SIZE),
+            "hbm": tokens * KV_HEADS * (4 + ROW_BYTES / pool.layout.group_size),
             "pcie": tokens * KV_HEADS * CHANNELS * DTYPE.itemsize,
         }
     tail = context - 17 - int(requests[0].tail_start[0])
@@ -321,8 +321,8 @@ def measure_dense(
     where = {"context": context, "batch": batch}
     calls: list[Callable[[], object]] = [partial(run_dense_layer, pool, r) for r in requests]
     name = find_op("quantized_decode_attention", run.device).name
-    hbm = batch * context * bytes_of_codes(bits, both=True)
-    pcie = batch * (RESIDUAL + GROUP_SIZE // 2) * FULL_BYTES
+    hbm = batch * context * bytes_of_codes(pool)
+    pcie = batch * (RESIDUAL + pool.layout.group_size // 2) * FULL_BYTES
     label = f"quantized_decode_attention {bits} bit"
     write_op(run, floors, label, name, calls, hbm, pcie, **where)
     check_finite(requests)

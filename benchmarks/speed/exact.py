@@ -5,7 +5,7 @@ import math
 import torch
 
 from speed.pages import PageSet
-from speed.shapes import GROUP_SIZE, SINKS
+from speed.shapes import SINKS
 from speed.step import Step
 from vllm_tailorkv.kernels import reference
 from vllm_tailorkv.kernels.types import DenseCodes, GroupCodes
@@ -51,7 +51,7 @@ def _exact_head(
         key[: inputs.coded] = coded_key[: inputs.coded].double()
         value[: inputs.coded] = coded_value[: inputs.coded].double()
     elif as_ours:
-        kept[SINKS : inputs.tail] = False
+        kept[SINKS : step.tail] = False
         chosen = step.indices[row, head].long()
         kept[chosen[chosen >= 0]] = True
     query = inputs.query[row].double().unflatten(0, (inputs.shape.kv_heads, -1))[head]
@@ -69,11 +69,12 @@ def _dequantized(
         for parts in (codes.key, codes.value)
     )
     bits, head_size = step.case.bits, step.inputs.shape.head_size
+    size = step.layout.group_size
     return (
-        torch.cat([reference.dequantize_keys(key, i, GROUP_SIZE)[0] for i in blocks.tolist()]),
+        torch.cat([reference.dequantize_keys(key, i, size)[0] for i in blocks.tolist()]),
         torch.cat(
             [
-                reference.dequantize_values(value, i, GROUP_SIZE, bits, head_size)[0]
+                reference.dequantize_values(value, i, size, bits, head_size)[0]
                 for i in blocks.tolist()
             ]
         ),

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from speed.shapes import DTYPE, GROUP_SIZE, RECENT, RESIDUAL, SINKS, Shape
+from speed.shapes import DTYPE, GROUP_SIZES, RESIDUAL, SINKS, Shape
+from vllm_tailorkv.layout import DerivedKind
 
 PLANTED = 8
 PLANTED_ODDS = math.exp(3)
@@ -23,10 +24,8 @@ class Inputs:
         self.scale = shape.head_size**-0.5
         self.query = torch.randn(batch, shape.heads, shape.head_size).to(DTYPE)
         self.seq_lens = torch.full((batch,), context, dtype=torch.int32)
-        # The engine's rule: the last complete group before the recent tokens.
-        self.tail = max((context - RECENT) // GROUP_SIZE * GROUP_SIZE, SINKS)
-        self.tail_start = torch.full((batch,), self.tail, dtype=torch.int32)
-        self.coded = (context - RESIDUAL) // GROUP_SIZE * GROUP_SIZE
+        group_size = GROUP_SIZES[DerivedKind.DENSE]
+        self.coded = (context - RESIDUAL) // group_size * group_size
         self.num_quantized = torch.full((batch,), self.coded, dtype=torch.int32)
         self.planted = self._planted_tokens()
         self.planted_key = self._planted_key()

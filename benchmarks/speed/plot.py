@@ -57,7 +57,7 @@ def decode_name(record: dict[str, Any]) -> str:
     """The name of a case's line."""
     if record["layer"] == "dense":
         return f"dense, {record['bits']} bit"
-    kept, candidates = record["selected"], record["selected"] * record["rerank"]
+    kept, candidates = record["selected"], int(record["selected"] * record["rerank"])
     return f"sparse, {record['index']}, {kept} of {candidates}, {record['query_reduce']}"
 
 

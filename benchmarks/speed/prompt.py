@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from speed.machine import implementation
-from speed.shapes import BLOCK_SIZE, DTYPE, GROUP_SIZE, Case, Shape
+from speed.shapes import BLOCK_SIZE, DTYPE, Case, Shape
 from speed.vllm_attention import VllmCache
 from vllm_tailorkv.cache.views import derived_pages, host_pages
 from vllm_tailorkv.kernels import ops
@@ -63,7 +63,7 @@ class OurPages:
         self.host = host_pages(raw[:, : layout.host_bytes], layout, DTYPE)
         self.derived = derived_pages(raw[:, layout.host_bytes :], layout, DTYPE)
         self.slots = _slots(prompt, blocks)
-        per_block = layout.groups_per_block
+        per_block, self.group_size = layout.groups_per_block, layout.group_size
         groups = blocks.unsqueeze(-1) * per_block + torch.arange(per_block)
         self.groups = groups.flatten()
 
@@ -71,7 +71,7 @@ class OurPages:
         """Seconds to write the prompt, and to derive every group as it completes."""
         write = derive = 0.0
         for span, key, value in self.prompt.chunks():
-            done = self.groups[span.start // GROUP_SIZE : span.stop // GROUP_SIZE]
+            done = self.groups[span.start // self.group_size : span.stop // self.group_size]
             start = time.perf_counter()
             host, slots = self.host, self.slots[span]
             ops.write_kv(key, value, host.key, host.value, slots, host.key_rows)

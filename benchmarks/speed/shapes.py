@@ -7,7 +7,8 @@ import torch
 from vllm_tailorkv.layout import DerivedKind, PageLayout
 
 DTYPE = torch.bfloat16
-BLOCK_SIZE, GROUP_SIZE = 128, 64
+BLOCK_SIZE = 128
+GROUP_SIZES = {DerivedKind.ONEBIT: 128, DerivedKind.CHANNELS: 64, DerivedKind.DENSE: 64}
 SINKS, RECENT, RESIDUAL, CHANNELS = 8, 56, 128, 8
 MIN_CONTEXT = 512
 """Below it, too few tokens lie between the sinks and the newest ones to select from."""
@@ -43,8 +44,13 @@ class Case:
     kind: DerivedKind
     bits: int
     selected: int = 0
-    rerank: int = 1
+    rerank: float = 1
     query_reduce: str = "mean"
+
+    @property
+    def candidates(self) -> int:
+        """Tokens that the index proposes."""
+        return int(self.selected * self.rerank)
 
     @property
     def index(self) -> str | None:
@@ -58,7 +64,7 @@ class Case:
             shape.kv_heads,
             shape.head_size,
             BLOCK_SIZE,
-            GROUP_SIZE,
+            GROUP_SIZES[self.kind],
             self.bits,
             2,
             key_rows=self.layer == "sparse",
@@ -66,7 +72,7 @@ class Case:
 
 
 CASES = (
-    Case("sparse", DerivedKind.ONEBIT, 1, 448, 2, "max"),  # preset default
+    Case("sparse", DerivedKind.ONEBIT, 1, 448, 2.25, "max"),  # preset default
     Case("sparse", DerivedKind.ONEBIT, 1, 128, 4, "max"),  # preset fast
     Case("sparse", DerivedKind.ONEBIT, 1, 448, 4),
     Case("sparse", DerivedKind.CHANNELS, 1, 448, 2, "max"),

@@ -6,7 +6,7 @@ import torch
 
 from speed.inputs import Inputs
 from speed.pages import PageSet, make_sets
-from speed.shapes import CHANNELS, GROUP_SIZE, RESIDUAL, SINKS, Case
+from speed.shapes import CHANNELS, RECENT, RESIDUAL, SINKS, Case
 from vllm_tailorkv.kernels import ops
 from vllm_tailorkv.kernels.types import SPREAD_GROUPS, ChannelIndex, DenseCodes, OnebitIndex
 from vllm_tailorkv.layout import DerivedKind
@@ -19,31 +19,35 @@ class Step:
         self.inputs, self.case = inputs, case
         self.layout = case.layout(inputs.shape)
         batch, kv_heads = inputs.batch, inputs.shape.kv_heads
+        # The engine's rule: the last complete group before the recent tokens.
+        size = self.layout.group_size
+        self.tail = max(min(inputs.context - RECENT, inputs.context // size * size), SINKS)
+        self.tail_start = torch.full((batch,), self.tail, dtype=torch.int32)
         self.output = torch.empty_like(inputs.query)
         self.indices = torch.empty(batch, kv_heads, case.selected, dtype=torch.int32)
-        count = case.selected * case.rerank
         self.mass = torch.empty(inputs.query.shape[:2])
-        self.candidates = self.indices.new_empty(batch, kv_heads, count)
+        self.candidates = self.indices.new_empty(batch, kv_heads, case.candidates)
         self.sets = make_sets(inputs, self.layout, self.bytes_read)
 
     @property
     def bytes_read(self) -> int:
         """Bytes of the pages that a step reads."""
         inputs, head_size = self.inputs, self.inputs.shape.head_size
-        groups = records = inputs.coded // GROUP_SIZE
+        size = self.layout.group_size
+        groups = records = inputs.coded // size
         keys = values = RESIDUAL
         if self.case.layer == "sparse":
-            groups = records = inputs.tail // GROUP_SIZE
-            always = SINKS + inputs.context - inputs.tail
+            groups = records = -(-self.tail // size)
+            always = SINKS + inputs.context - self.tail
             # Candidates' K is read to rank them; that of those kept is then in the cache.
-            keys = always + self.case.selected * self.case.rerank
+            keys = always + self.case.candidates
             values = always + self.case.selected
         if self.case.kind is DerivedKind.CHANNELS:
             records = -(-groups // -(-groups // SPREAD_GROUPS))
         total = records * sum(field.num_bytes for field in self.layout.fields.values())
         total += (keys + values) * head_size * 2
         if self.case.kind is DerivedKind.CHANNELS:
-            total += groups * GROUP_SIZE * CHANNELS * 2
+            total += groups * size * CHANNELS * 2
         return total * inputs.shape.kv_heads * inputs.batch
 
     def ops(self) -> dict[str, Callable[[PageSet], None]]:
@@ -83,7 +87,7 @@ class Step:
             pages.host.gathered_key,
             pages.block_table,
             self.inputs.seq_lens,
-            self.inputs.tail_start,
+            self.tail_start,
             sink_tokens=SINKS,
             scale=self.inputs.scale,
         )
@@ -104,11 +108,11 @@ class Step:
             pages.derived,
             pages.host.key,
             pages.block_table,
-            self.inputs.tail_start,
+            self.tail_start,
             offset=offset,
             sink_tokens=SINKS,
             critical_channels=CHANNELS,
-            max_tail_start=self.inputs.tail,
+            max_tail_start=self.tail,
         )
 
     def refine(self, pages: PageSet) -> None:
@@ -134,7 +138,7 @@ class Step:
             self.indices,
             pages.block_table,
             self.inputs.seq_lens,
-            self.inputs.tail_start,
+            self.tail_start,
             sink_tokens=SINKS,
             scale=self.inputs.scale,
         )

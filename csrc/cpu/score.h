@@ -36,16 +36,65 @@ inline float* take_score_queries(const ScoreTokens& op) {
 }
 
 // Scratch of one thread for groups of the onebit index.
-//   scale, zero: [padded(d)]; scores: [4, g]; best: [g]
+//   scale, zero: [padded(d)]; bytes: [d * g / 8]; scores: [4, g]; best: [g]
 struct ScoreScratch {
-  float *scale, *zero, *scores, *best;
+  float *scale, *zero;
+  uint8_t* bytes;
+  float *scores, *best;
   ProductScratch product;
 };
 
 inline ScoreScratch take_score_scratch(int64_t d, int64_t g) {
-  return ScoreScratch{take<float>(padded(d)), take<float>(padded(d)), take<float>(4 * g),
-                      take<float>(g), take_product_scratch(d, g)};
+  return ScoreScratch{take<float>(padded(d)), take<float>(padded(d)), take<uint8_t>(d * padded(g)),
+                      take<float>(4 * g),     take<float>(g),         take_product_scratch(d, g)};
 }
+
+// Add what is to be added to the scores of a query, keep the largest of each token.
+//   scores, best: [count]; first: whether nothing was kept yet
+inline void keep_best(const float* scores, float extra, bool first, int64_t count, float* best) {
+  for (int64_t t = 0; t < count; t += W) {
+    F x = load(scores + t) + splat(extra);
+    store(best + t, first ? x : max(x, load(best + t)));
+  }
+}
+
+#if TAILORKV_TABLES
+// Scores of P * 64 tokens of a group for queries q .. q + N - 1, from codes transposed.
+template <int N, int P>
+void score_places(int64_t d, const float* query, const float* extra, int64_t q,
+                  const ScoreScratch& scratch, Ahead& ahead, float* best) {
+  float offset[N];
+  F offsets[N];
+  for (int h = 0; h < N; ++h) {
+    offsets[h] = splat(0);
+    for (int64_t c = 0; c < padded(d); c += W) {
+      F x = load(query + (q + h) * padded(d) + c);
+      store(scratch.product.scaled + h * padded(d) + c, x * load(scratch.scale + c));
+      offsets[h] = fma(x, load(scratch.zero + c), offsets[h]);
+    }
+  }
+  sums(offsets, offset);
+  score_by_bytes<N, P>(scratch.bytes, d, scratch.product.scaled, offset, ahead, scratch.scores);
+  for (int h = 0; h < N; ++h) {
+    keep_best(scratch.scores + h * P * kPlaces, extra[q + h], q + h == 0, P * kPlaces, best);
+  }
+}
+
+// The same for all queries.
+template <int P>
+void score_places(const uint8_t* codes, int64_t pitch, int64_t d, int32_t queries,
+                  const float* query, const float* extra, const ScoreScratch& scratch, Ahead& ahead,
+                  float* best) {
+  for (int p = 0; p < P; ++p) {
+    transpose_all(codes + p * kPlaces / 8, pitch, d, scratch.bytes + p * d / 8 * kPlaces);
+  }
+  int64_t q = 0;
+  for (; q + 2 <= queries; q += 2) {
+    score_places<2, P>(d, query, extra, q, scratch, ahead, best);
+  }
+  if (q < queries) score_places<1, P>(d, query, extra, q, scratch, ahead, best);
+}
+#endif
 
 // Scores of a group for all queries, the largest of each token.
 //   codes: [d, g/8], rows pitch apart; query: [Q, padded(d)]; extra: [Q], added; best: [g]
@@ -53,27 +102,14 @@ inline ScoreScratch take_score_scratch(int64_t d, int64_t g) {
 inline void score_group(const uint8_t* codes, int64_t pitch, int64_t d, int64_t g, int32_t queries,
                         const float* query, const float* extra, const ScoreScratch& scratch,
                         Ahead& ahead, float* best) {
-  auto keep_best = [&](const float* scores, int64_t begin, int64_t count, int64_t q) {
-    for (int64_t t = 0; t < count; t += W) {
-      F x = load(scores + t) + splat(extra[q]);
-      store(best + begin + t, q == 0 ? x : max(x, load(best + begin + t)));
-    }
-  };
 #if TAILORKV_TABLES
   if (g % kPlaces == 0) {
-    for (int64_t t = 0; t < g; t += kPlaces) {
-      transpose_all(codes + t / 8, pitch, d, scratch.product.bytes);
-      for (int32_t q = 0; q < queries; ++q) {
-        F offset = splat(0);
-        for (int64_t c = 0; c < padded(d); c += W) {
-          F x = load(query + q * padded(d) + c);
-          store(scratch.product.scaled + c, x * load(scratch.scale + c));
-          offset = fma(x, load(scratch.zero + c), offset);
-        }
-        score_by_bytes(scratch.product.bytes, d, scratch.product.scaled, sum(offset), ahead,
-                       scratch.scores);
-        keep_best(scratch.scores, t, kPlaces, q);
-      }
+    int64_t t = 0;
+    for (; t + 2 * kPlaces <= g; t += 2 * kPlaces) {
+      score_places<2>(codes + t / 8, pitch, d, queries, query, extra, scratch, ahead, best + t);
+    }
+    if (t < g) {
+      score_places<1>(codes + t / 8, pitch, d, queries, query, extra, scratch, ahead, best + t);
     }
     return;
   }
@@ -83,7 +119,8 @@ inline void score_group(const uint8_t* codes, int64_t pitch, int64_t d, int64_t 
     constexpr int N = decltype(heads)::value;
     score_codes<1, N, false>(codes, pitch, d, g, scratch.scale, scratch.zero, query + q * padded(d),
                              scratch.product, ahead, scratch.scores, g);
-    for (int j = 0; j < N; ++j) keep_best(scratch.scores + j * g, 0, g, q + j);
+    for (int j = 0; j < N; ++j)
+      keep_best(scratch.scores + j * g, extra[q + j], q + j == 0, g, best);
   });
 }
 

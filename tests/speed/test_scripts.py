@@ -94,7 +94,7 @@ def test_write_pages(tmp_path: Path) -> None:
         (["decode_attention.py", "--context", "100"], "--context must be at least 512, is 100"),
         (["decode_attention.py", "--context", "8k"], "'8k' is no list of positive numbers"),
         (["decode_attention.py", "--context", "4000000000"], "lower --context or --batch"),
-        (["write_pages.py", "--chunk", "100"], "--chunk must be a multiple of 64, is 100"),
+        (["write_pages.py", "--chunk", "100"], "--chunk must be a multiple of 128, is 100"),
         (["decode_e2e.py", "--config", "[]"], "'[]' is no JSON object"),
         (["decode_e2e.py", "--context", "4000000000"], "lower --context, --batch or --layers"),
     ],

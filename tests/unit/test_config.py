@@ -20,10 +20,11 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 DEFAULTS = {
     "preset": "default",
-    "rerank_factor": 2,
+    "rerank_factor": 2.25,
     "profile": None,
     "bits": 2,
     "group_size": 64,
+    "index_group_size": 128,
     "fit_codes": True,
     "residual_tokens": 128,
     "sink_tokens": 8,
@@ -54,6 +55,9 @@ ACCEPTED: list[dict[str, Any]] = [
     {"bits": 4},
     {"group_size": 32},
     {"group_size": 128},
+    {"index_group_size": 64},
+    {"rerank_factor": 1.5},
+    {"rerank_factor": 3},
     {"residual_tokens": 0},
     {"sink_tokens": 0},
     {"recent_tokens": 1},
@@ -94,9 +98,9 @@ def test_what_is_given_goes_before_the_preset() -> None:
 @pytest.mark.parametrize(
     ("preset", "budget", "candidates"),
     [
-        ("default", 512, 896),
+        ("default", 512, 1008),
         ("fast", 192, 512),
-        ("accurate", 1024, 1920),
+        ("accurate", 1024, 2160),
         ("paper", 192, 128),
         ("paper-long", 1024, 960),
     ],
@@ -104,7 +108,7 @@ def test_what_is_given_goes_before_the_preset() -> None:
 def test_presets(preset: str, budget: int, candidates: int) -> None:
     config = load_config({"preset": preset})
     assert config.budget_tokens == budget
-    assert config.topk_tokens * config.rerank_factor == candidates
+    assert config.candidate_tokens == candidates
     assert config.fit_codes == (not preset.startswith("paper"))
 
 
@@ -126,6 +130,9 @@ REFUSED: list[tuple[Any, list[str]]] = [
     ({"bits": 3}, ["bits", "1, 2 or 4"]),
     ({"bits": "two"}, ["bits", "1, 2 or 4"]),
     ({"group_size": 48}, ["group_size", "32, 64 or 128"]),
+    ({"index_group_size": 48}, ["index_group_size", "32, 64 or 128"]),
+    ({"rerank_factor": 0.5}, ["rerank_factor", "greater than or equal to 1"]),
+    ({"rerank_factor": 100}, ["rerank_factor", "less than or equal to 64"]),
     ({"index": "x"}, ["index", "'channels' or 'onebit'"]),
     ({"query_reduce": "sum"}, ["query_reduce", "'mean' or 'max'"]),
     ({"placement": "gpu"}, ["placement", "'auto', 'joint' or 'split'"]),

@@ -264,9 +264,10 @@ def test_spec_of_a_layer(
     """The layer's kind follows from the plan; vLLM's page has exactly our bytes."""
     config: Any = SimpleNamespace()
     cases = product((64, 80, 96, 128, 256), (32, 64, 128), (1, 2, 4), (False, True))
+    name = "index_group_size" if kind is DerivedKind.ONEBIT else "group_size"
     for head_size, group_size, bits, split in cases:
         settings = Settings(
-            load_config({"index": index, "group_size": group_size, "bits": bits}),
+            load_config({"index": index, name: group_size, "bits": bits}),
             LayerPlan(dense, 8, "test"),
             split,
         )
@@ -284,6 +285,19 @@ def test_spec_of_a_layer(
         layout = spec.layout
         assert spec.page_size_bytes == layout.derived_bytes + (0 if split else layout.host_bytes)
         assert spec.state_content_size_bytes % torch.float32.itemsize == 0
+
+
+@pytest.mark.parametrize(("block_size", "group_size"), [(64, 64), (128, 128), (192, 64), (32, 32)])
+def test_groups_of_the_index_fit_the_block(
+    monkeypatch: pytest.MonkeyPatch, block_size: int, group_size: int
+) -> None:
+    config: Any = SimpleNamespace()
+    settings = Settings(load_config({}), LayerPlan((), 8, "test"), False)
+    monkeypatch.setattr(spec_module, "load_settings", lambda _: settings)
+    given = FullAttentionSpec(
+        block_size=block_size, num_kv_heads=3, head_size=64, dtype=torch.bfloat16
+    )
+    assert layer_spec(given, LAYER, config).group_size == group_size
 
 
 def test_spec_of_unlike_heads() -> None:

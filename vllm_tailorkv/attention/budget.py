@@ -74,13 +74,14 @@ def check_budgets(vllm_config: VllmConfig) -> None:
         # Which layers a worker has is known there.
         return
     settings = load_settings(vllm_config)
+    block_size = vllm_config.cache_config.block_size
     layouts = {
         layer: PageLayout(
             num_kv_heads=model.get_num_kv_heads(parallel),
             head_size=model.get_head_size(),
-            block_size=vllm_config.cache_config.block_size,
+            block_size=block_size,
             kv_itemsize=get_dtype_size(model.dtype),
-            **settings.layout_fields(layer),
+            **settings.layout_fields(layer, block_size),
         )
         for layer in range(settings.plan.num_layers)
     }

@@ -50,6 +50,11 @@ class Selector(Protocol):
         ...
 
 
+def reranked(config: TailorKVConfig) -> bool:
+    """Whether what the index proposes is ranked again."""
+    return config.candidate_tokens > config.topk_tokens
+
+
 def paid_elsewhere(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tensor:
     """What each head pays to sinks and tail, which are read anyway: a measure of its scores.
 
@@ -62,7 +67,7 @@ def paid_elsewhere(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch
     key, config = layer.pages.host.gathered_key, layer.config
     mass = layer.workspace.get("mass", query.shape[:2], torch.float32)
     alone = query.shape[1] == key.shape[1]
-    if alone or (config.query_reduce == "mean" and config.rerank_factor == 1):
+    if alone or (config.query_reduce == "mean" and not reranked(config)):
         return mass.fill_(-torch.inf)
     ops.log_mass(
         mass,
@@ -107,8 +112,7 @@ def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tenso
     assert not isinstance(index, DenseCodes)
     config, workspace = layer.config, layer.workspace
     shape = (len(query), host.key.shape[1])
-    count = config.topk_tokens * config.rerank_factor
-    candidates = workspace.get("candidates", (*shape, count), torch.int32)
+    candidates = workspace.get("candidates", (*shape, config.candidate_tokens), torch.int32)
     mass = paid_elsewhere(query, layer, rows)
     queries, offset = scored_queries(query, layer, mass)
     ops.propose_topk(
@@ -123,7 +127,7 @@ def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tenso
         critical_channels=config.critical_channels,
         max_tail_start=rows.max_boundary,
     )
-    if config.rerank_factor == 1:
+    if not reranked(config):
         return candidates
     indices = workspace.get("indices", (*shape, config.topk_tokens), torch.int32)
     ops.refine_topk(

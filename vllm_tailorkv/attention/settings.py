@@ -1,6 +1,7 @@
 """What the configuration means for the model at hand."""
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -27,12 +28,13 @@ class Settings:
             return DerivedKind.DENSE
         return DerivedKind(self.config.index)
 
-    def layout_fields(self, layer: int) -> dict[str, Any]:
+    def layout_fields(self, layer: int, block_size: int) -> dict[str, Any]:
         """What the options say of the pages of decoder layer `layer`: fields of `PageLayout`."""
         kind = self.kind(layer)
+        of_index = gcd(self.config.index_group_size, block_size)
         return {
             "kind": kind,
-            "group_size": self.config.group_size,
+            "group_size": of_index if kind is DerivedKind.ONEBIT else self.config.group_size,
             "bits": self.config.bits,
             # A dense layer reads a few consecutive tokens exactly: rows would gain it nothing.
             "key_rows": self.config.key_rows and kind is not DerivedKind.DENSE,

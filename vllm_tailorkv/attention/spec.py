@@ -79,7 +79,7 @@ def layer_spec(spec: KVCacheSpec, layer_name: str, vllm_config: VllmConfig) -> T
         "head_size": spec.head_size,
         "dtype": spec.dtype,
         "split": settings.split,
-        **settings.layout_fields(extract_layer_index(layer_name)),
+        **settings.layout_fields(extract_layer_index(layer_name), spec.block_size),
     }
     layout = TailorKVSpec(**fields).layout
     page_bytes = layout.derived_bytes + (0 if settings.split else layout.host_bytes)
