@@ -396,7 +396,7 @@ def quantized_decode_attention(
     per_head, value_groups = num_heads // heads, codes.value.scale.shape[4]
     key_words, value_words = as_words(codes.key.codes), as_words(codes.value.codes)
     most = block_table.shape[1] * block_size // group_size
-    parts = _TAIL_PARTS + split_count(query.device, rows * heads, most, 4)
+    parts = _TAIL_PARTS + split_count(query.device, rows * heads, most, 8)
     query_rows = max(8, triton.next_power_of_2(per_head))
     elements = channels * group_size * query_rows // 8 * query.element_size() // 2
     results = allocate_parts(query, parts)

@@ -212,7 +212,7 @@ def _score_by_codes(
     channels = triton.next_power_of_2(head_size)
     query_rows = max(8, triton.next_power_of_2(queries))
     most = -(-scores.shape[2] // group_size)
-    _score_codes[(split_count(query.device, rows * heads, most, 12), heads, rows)](
+    _score_codes[(split_count(query.device, rows * heads, most, 16), heads, rows)](
         scores,
         *scores.stride()[:2],
         query,
@@ -232,8 +232,9 @@ def _score_by_codes(
         WORD_BITS=8 * words.element_size(),
         QUERIES=queries,
         ROWS=query_rows,
-        # One warp holds 64 tokens of 128 channels, and exchanges nothing with others.
-        num_warps=max(1, channels * group_size * query_rows // 65536),
+        # One warp holds 128 tokens of 128 channels, or 8 queries, and exchanges nothing with others.
+        num_warps=max(1, channels * group_size // 16384, channels * query_rows // 1024),
+        num_stages=1,
     )
 
 

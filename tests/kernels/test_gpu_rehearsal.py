@@ -35,6 +35,19 @@ def test_rehearsal(tmp_path):
     assert all(error < 1e-2 for error in layers.values())
 
 
+def test_sweep_of_launch_options(tmp_path):
+    results = tmp_path / "sweep.jsonl"
+    subprocess.run(
+        [sys.executable, ROOT / "benchmarks/gpu/sweep.py", "--device", "cpu", "--tiny"]
+        + ["--json", results],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
+        check=True,
+    )
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    kernels = [(record["kernel"], record["bits"]) for record in records]
+    assert kernels == [("_score_codes", 1), ("_attend_codes", 1), ("_attend_codes", 2)]
+
+
 def test_kernels_and_their_tests_need_no_vllm():
     code = (
         "import sys; sys.modules['vllm'] = None; import pytest; "
