@@ -232,7 +232,7 @@ def _score_by_codes(
         WORD_BITS=8 * words.element_size(),
         QUERIES=queries,
         ROWS=query_rows,
-        # One warp holds 128 tokens of 128 channels, or 8 queries, and exchanges nothing with others.
+        # One warp holds 128 tokens of 128 channels and 8 queries, and exchanges nothing.
         num_warps=max(1, channels * group_size // 16384, channels * query_rows // 1024),
         num_stages=1,
     )

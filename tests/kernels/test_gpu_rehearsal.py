@@ -37,9 +37,9 @@ def test_rehearsal(tmp_path):
 
 def test_sweep_of_launch_options(tmp_path):
     results = tmp_path / "sweep.jsonl"
+    script = ROOT / "benchmarks/gpu/sweep.py"
     subprocess.run(
-        [sys.executable, ROOT / "benchmarks/gpu/sweep.py", "--device", "cpu", "--tiny"]
-        + ["--json", results],
+        [sys.executable, script, "--device", "cpu", "--tiny", "--json", results],
         env=os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
         check=True,
     )
