@@ -73,9 +73,13 @@ def main() -> int:
     parser.add_argument("--gib", type=float, default=8)
     parser.add_argument("--json", type=Path, help="append the records to this file")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU; rehearse with --device cpu")
     device = torch.device(options.device)
     timer = Timer(device)
     size = int(options.gib * GIB) // 4096 * 4096
+    if size <= 0:
+        parser.error(f"--gib {options.gib:g} is too little")
 
     def write(**record: Any) -> None:
         print(json.dumps(record), flush=True)

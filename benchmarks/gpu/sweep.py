@@ -147,6 +147,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="append the records to this file")
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU; rehearse with --device cpu --tiny")
+    if options.device == "cpu" and not options.tiny:
+        parser.error("--device cpu is for rehearsals: add --tiny")
     device = torch.device(options.device)
     blocks = 4 if options.tiny else 8192
     if options.compile is not None:
