@@ -129,7 +129,7 @@ def cuda_extension() -> Extension | None:
     extension = CppExtension(
         "vllm_tailorkv._cuda",
         ["csrc/cuda/binding.cpp"],
-        depends=[str(path) for path in cuda_headers()],
+        depends=[str(path) for path in [*cuda_headers(), *shared_headers()]],
         py_limited_api=True,
         extra_compile_args=["-O2", *STABLE_ABI],
         library_dirs=[str(cuda_library(nvcc))],
@@ -142,6 +142,11 @@ def cuda_extension() -> Extension | None:
 def cuda_headers() -> list[Path]:
     """What the CUDA sources include."""
     return sorted(path for path in Path("csrc/cuda").iterdir() if path.suffix in (".h", ".cuh"))
+
+
+def shared_headers() -> list[Path]:
+    """What the bindings of both extensions include."""
+    return sorted(Path("csrc").glob("*.h"))
 
 
 class Build(BuildExtension):
@@ -184,7 +189,7 @@ class Build(BuildExtension):
 cpu_extension = CppExtension(
     "vllm_tailorkv._cpu",
     [f"csrc/cpu/{source}" for source in SOURCES],
-    depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc/cpu").glob("*.h"))],
+    depends=[str(path) for path in [*sorted(Path("csrc/cpu").glob("*.h")), *shared_headers()]],
     py_limited_api=True,
     extra_compile_args=[
         "-O3",
@@ -209,6 +214,7 @@ setup(
         "matplotlib",
         "openai",
         "packaging",
+        "prometheus-client",
         "psutil",
         "pydantic",
         "rich",

@@ -19,7 +19,7 @@ import argparse
 
 import torch
 from speed.command import Lines, add_output, numbers, parser, positive, progress
-from speed.shapes import CASES, GROUP_SIZES, SHAPES
+from speed.shapes import CASES, SHAPES
 
 _EXAMPLES = """\
   python benchmarks/write_pages.py --context 8192,32768
@@ -82,7 +82,8 @@ def _arguments() -> argparse.Namespace:
     )
     add_output(options)
     args = options.parse_args()
-    if args.chunk % (largest := max(GROUP_SIZES.values())):
+    largest = max(case.layout(SHAPES[args.shape]).group_size for case in CASES)
+    if args.chunk % largest:
         options.error(f"--chunk must be a multiple of {largest}, is {args.chunk}")
     return args
 

@@ -1,36 +1,33 @@
 """What Triton does badly, in CUDA C++ (`csrc/cuda`): selection, gathering, packing.
 
-Importing this module costs nothing and needs no GPU. The ops are `torch.ops.vllm_tailorkv_cuda`
-once `unavailable()` or `load()` was called; they run on torch's current stream, never wait for
-the device, and a CUDA graph can capture them: grids depend on shapes alone.
+Importing this module costs nothing and needs no GPU. The ops are those of `library.OPS` for CUDA
+tensors once `unavailable()` or `load()` was called; they run on torch's current stream, never wait
+for the device, and a CUDA graph can capture them: grids depend on shapes alone.
 """
 
 import importlib
 import re
-from functools import cache
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from vllm_tailorkv.kernels.library import OPS, compiled
 from vllm_tailorkv.kernels.types import ChannelIndex
-
-_ops = torch.ops.vllm_tailorkv_cuda
 
 _REMEDY = (
     "build it with `TAILORKV_CUDA=1 pip install --no-build-isolation .` where nvcc is installed"
 )
 
 
-@cache
 def load() -> None:
-    """Register the ops and their fake implementations; no GPU is needed.
+    """Register the ops, their schemas first; no GPU is needed.
 
     Raises:
-        ImportError: the extension was not built.
+        ImportError: an extension was not built.
     """
+    importlib.import_module("vllm_tailorkv._cpu")
     importlib.import_module("vllm_tailorkv._cuda")
-    # All ops write into tensors that the caller owns, so a fake one has nothing to do.
-    for name in ("select_topk", "gather_rows", "pack_codes", "unpack_codes", "reduce_channels"):
-        torch.library.register_fake(f"vllm_tailorkv_cuda::{name}", lambda *_: None)
 
 
 def unavailable() -> str | None:
@@ -42,7 +39,7 @@ def unavailable() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     device = torch.cuda.get_device_capability()
-    return unsupported(device, _ops.archs())
+    return unsupported(device, OPS.cuda_archs())
 
 
 def unsupported(capability: tuple[int, int], archs: str) -> str | None:
@@ -64,11 +61,9 @@ def unsupported(capability: tuple[int, int], archs: str) -> str | None:
     )
 
 
-def select_topk(
-    indices: torch.Tensor, scores: torch.Tensor, tail_start: torch.Tensor, sink_tokens: int
-) -> None:
-    """See `ops.select_topk`. NaN counts as the largest score, or the smallest if negative."""
-    _ops.select_topk(indices, scores, tail_start, sink_tokens)
+def __getattr__(op: str) -> Callable[..., Any]:
+    """The ops of `ops.py`. `select_topk`: NaN is the largest score, or the smallest if negative."""
+    return compiled(op, "CUDA", __name__)
 
 
 def gather_rows(
@@ -92,7 +87,7 @@ def gather_rows(
     Raises:
         RuntimeError: a shape, dtype, stride or device breaks this contract.
     """
-    _ops.gather_rows(key_rows, value_rows, key_cache, value_cache, indices, block_table)
+    OPS.gather_rows(key_rows, value_rows, key_cache, value_cache, indices, block_table)
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -106,14 +101,14 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
         uint8 [..., ceil(n * bits / 8)].
     """
     packed = codes.new_empty((*codes.shape[:-1], -(-codes.shape[-1] * bits // 8)))
-    _ops.pack_codes(_rows(packed), _rows(codes), bits)
+    OPS.pack_codes(_rows(packed), _rows(codes), bits)
     return packed
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
     """The inverse of `pack_codes`: uint8 [..., ceil(length*bits/8)] to uint8 [..., length]."""
     codes = packed.new_empty((*packed.shape[:-1], length))
-    _ops.unpack_codes(_rows(codes), _rows(packed), bits)
+    OPS.unpack_codes(_rows(codes), _rows(packed), bits)
     return codes
 
 
@@ -133,4 +128,4 @@ def reduce_channels(groups: torch.Tensor, key_cache: torch.Tensor, index: Channe
     Raises:
         RuntimeError: a shape, dtype, stride or device breaks this contract.
     """
-    _ops.reduce_channels(groups, key_cache, index.extremes)
+    OPS.reduce_channels(groups, key_cache, index.extremes)

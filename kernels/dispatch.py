@@ -2,8 +2,8 @@
 
 An implementation is a module with one function for each op it has, and a function
 `unavailable() -> str | None` that gives the reason why it cannot run here. Some have a few ops
-only: one that is asked for by name runs the ops that it has, and the fastest available one
-runs the others.
+only: one that is asked for by name runs the ops that it has, those that are made of others are
+made of them, and the fastest available one runs the rest.
 """
 
 import importlib
@@ -16,6 +16,7 @@ import torch
 
 from vllm_tailorkv import envs
 from vllm_tailorkv.errors import TailorKVError
+from vllm_tailorkv.kernels.library import checked
 
 OPS = (
     "write_kv",
@@ -24,7 +25,9 @@ OPS = (
     "log_mass",
     "score_tokens",
     "select_topk",
+    "propose_topk",
     "refine_topk",
+    "retrieve_topk",
     "sparse_decode_attention",
     "dense_preference",
 )
@@ -33,17 +36,25 @@ IMPLEMENTATIONS = {
     "cpu": "C++ with OpenMP",
     "cuda": "CUDA C++",
     "triton": "Triton",
+    "composed": "other ops, one after another",
     "reference": "plain torch",
 }
 """Names and what they are, fastest first."""
+
+COMPILED = ("cpu", "cuda")
+"""Those behind torch's dispatcher."""
 
 DEVICES = {
     "cpu": ("cpu",),
     "cuda": ("cuda",),
     "triton": ("cuda",),
+    "composed": ("cpu", "cuda"),
     "reference": ("cpu", "cuda"),
 }
 """Device types each implementation takes."""
+
+NAMED = tuple(name for name in IMPLEMENTATIONS if name != "composed")
+"""What VLLM_TAILORKV_KERNELS may ask for."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +99,17 @@ def choose(op: str, device_type: str) -> Choice:
             device; or no fast implementation is available and none was named.
     """
     wanted = envs.kernels()
-    if wanted is not None and wanted not in IMPLEMENTATIONS:
+    if wanted is not None and wanted not in NAMED:
         raise TailorKVError(
-            f"VLLM_TAILORKV_KERNELS={wanted} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
+            f"VLLM_TAILORKV_KERNELS={wanted} is unknown; choose one of {', '.join(NAMED)}"
         )
     # Thousands of times slower on CPUs, these run there on request alone.
     slow = ("triton", "reference") if device_type == "cpu" else ()
     names = [name for name in IMPLEMENTATIONS if name not in slow]
     if wanted is not None:
         # Where it cannot run at all, no other one takes its place.
-        others = [] if obstacle(wanted, device_type) else names
-        names = [wanted, *(name for name in others if name != wanted)]
+        others = [] if obstacle(wanted, device_type) else ["composed", *names]
+        names = list(dict.fromkeys([wanted, *others]))
     reasons = []
     for name in names:
         if why := obstacle(name, device_type):
@@ -111,27 +122,16 @@ def choose(op: str, device_type: str) -> Choice:
         reason = "the fastest available"
         if wanted is not None:
             reason = "asked for by name" if name == wanted else f"{reason}; {wanted} has none"
-        return Choice(op, name, reason, getattr(module, op))
+        function = getattr(module, op)
+        # The C++ ops check their arguments themselves.
+        if name not in COMPILED:
+            function = checked(op, function)
+        return Choice(op, name, reason, function)
     raise TailorKVError(
         f"no implementation of {op} on {device_type}: {'; '.join(reasons)}. Build the extension "
         "(`pip install --no-build-isolation .` with a C++ compiler), or set "
         "VLLM_TAILORKV_KERNELS=reference to run without it, slowly"
     )
-
-
-def fused(op: str, part: str, tensor: torch.Tensor) -> Callable[..., Any] | None:
-    """The function that does the work of several ops at once, if there is one.
-
-    Args:
-        op: its name.
-        part: one of the ops that it stands for; only what runs this one is asked for `op`.
-        tensor: where the work is to be done.
-    """
-    module = importlib.import_module(
-        f"vllm_tailorkv.kernels.{choose(part, tensor.device.type).name}"
-    )
-    function: Callable[..., Any] | None = getattr(module, op, None)
-    return function
 
 
 def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:

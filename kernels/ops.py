@@ -2,9 +2,10 @@
 
 Symbols are those of `types.py`. Outputs are written in place into tensors the caller
 owns. Index tensors are int32 (`block_table`, `seq_lens`, ...) or int64 (`slot_mapping`,
-`groups`), contiguous and on the device of the caches. Every function raises `ValueError`
-for shapes or dtypes that break its contract and leaves values (an index out of range in a
-block table) to the caller, as vLLM's ops do.
+`groups`), contiguous and on the device of the caches. Every function raises `RuntimeError` for
+shapes, dtypes or strides that break its contract, and on CPUs for lengths beyond what a block
+table has room for. Other values (a block that does not exist) are left to the caller, as vLLM's
+ops do, unless VLLM_TAILORKV_CHECK_VALUES=1: then the C++ ops check them all.
 
 Positions: a row with `seq_len = L` tokens in context, this step's token included, has
 *sinks* `[0, sink_tokens)`, a *middle* `[sink_tokens, tail_start)` and an exact *tail*
@@ -13,8 +14,7 @@ Positions: a row with `seq_len = L` tokens in context, this step's token include
 
 import torch
 
-from vllm_tailorkv.kernels import checks
-from vllm_tailorkv.kernels.dispatch import fused, implementation
+from vllm_tailorkv.kernels.dispatch import implementation
 from vllm_tailorkv.kernels.types import DenseCodes, DerivedPages, TokenIndex
 
 
@@ -35,7 +35,6 @@ def write_kv(
             a negative slot is skipped.
         key_rows: like key_cache; K is written there too.
     """
-    checks.check_write(key, value, key_cache, value_cache, slot_mapping, key_rows)
     implementation("write_kv", key_cache)(
         key, value, key_cache, value_cache, slot_mapping, key_rows
     )
@@ -72,7 +71,6 @@ def quantize_groups(
         derived: the records to write; their shapes tell g and b.
         fit: see above; no matter at four bits and to an index of channels.
     """
-    checks.check_quantize(groups, key_cache, value_cache, derived)
     implementation("quantize_groups", key_cache)(groups, key_cache, value_cache, derived, fit)
 
 
@@ -105,9 +103,6 @@ def quantized_decode_attention(
         scale: factor on q.k before the softmax.
         softcap: if positive, scores become `softcap * tanh(score / softcap)`.
     """
-    checks.check_decode(output, query, key_cache, value_cache, block_table, seq_lens)
-    checks.check_codes(codes, key_cache)
-    checks.check_rows("num_quantized", num_quantized, query.shape[0])
     implementation("quantized_decode_attention", key_cache)(
         output,
         query,
@@ -149,7 +144,6 @@ def log_mass(
         scale: factor on q.k.
         softcap: if positive, scores become `softcap * tanh(score / softcap)`.
     """
-    checks.check_mass(mass, query, key_cache, block_table, seq_lens, tail_start)
     implementation("log_mass", key_cache)(
         mass, query, key_cache, block_table, seq_lens, tail_start, sink_tokens, scale, softcap
     )
@@ -191,7 +185,6 @@ def score_tokens(
         sink_tokens: first token of the middle.
         critical_channels: channels scored with a `ChannelIndex`.
     """
-    checks.check_score(scores, query, index, key_cache, block_table, tail_start, offset)
     implementation("score_tokens", key_cache)(
         scores,
         query,
@@ -221,7 +214,6 @@ def select_topk(
         tail_start: int32 [R].
         sink_tokens: first token of the middle.
     """
-    checks.check_topk(indices, scores, tail_start)
     implementation("select_topk", scores)(indices, scores, tail_start, sink_tokens)
 
 
@@ -248,33 +240,18 @@ def propose_topk(
             as of `score_tokens`.
         max_tail_start: at least the largest of `tail_start`.
     """
-    if function := fused("propose_topk", "score_tokens", key_cache):
-        checks.check_propose(indices, query, index, key_cache, block_table, tail_start, offset)
-        function(
-            indices,
-            query,
-            index,
-            key_cache,
-            block_table,
-            tail_start,
-            offset,
-            sink_tokens,
-            critical_channels,
-        )
-        return
-    scores = torch.empty(*query.shape[:2], max_tail_start, dtype=torch.float32, device=query.device)
-    score_tokens(
-        scores,
+    implementation("propose_topk", key_cache)(
+        indices,
         query,
         index,
         key_cache,
         block_table,
         tail_start,
-        offset=offset,
-        sink_tokens=sink_tokens,
-        critical_channels=critical_channels,
+        offset,
+        sink_tokens,
+        critical_channels,
+        max_tail_start,
     )
-    select_topk(indices, scores, tail_start, sink_tokens=sink_tokens)
 
 
 def refine_topk(
@@ -310,9 +287,66 @@ def refine_topk(
         scale: factor on q.k before the softmax.
         softcap: if positive, scores become `softcap * tanh(score / softcap)`.
     """
-    checks.check_refine(indices, candidates, query, key_cache, block_table, mass, channels)
     implementation("refine_topk", key_cache)(
         indices, candidates, query, key_cache, block_table, mass, channels, scale, softcap
+    )
+
+
+def retrieve_topk(
+    indices: torch.Tensor,
+    query: torch.Tensor,
+    index: TokenIndex,
+    key_cache: torch.Tensor,
+    gathered_key: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tail_start: torch.Tensor,
+    *,
+    sink_tokens: int,
+    critical_channels: int,
+    candidates: int,
+    channels: int,
+    every_head: bool,
+    scale: float,
+    max_tail_start: int,
+    softcap: float = 0.0,
+) -> None:
+    """The k middle tokens that a sparse layer reads: proposed by its index, ranked again by K.
+
+    With `every_head` a token counts by the head that it matters most to: it is scored with every
+    query head of the KV head, each measured against what that head pays elsewhere (`log_mass`).
+    Only that measure heeds a soft cap: rough scores are not capped. Else it is scored once, with
+    the mean of the heads. `propose_topk` finds so many candidates; where they are more than k,
+    `refine_topk` takes those that weigh most.
+
+    Args:
+        indices: int32 [R, Hk, k], as of `select_topk`.
+        query: [R, H, d], the caches' dtype.
+        index, sink_tokens, critical_channels, max_tail_start: as of `propose_topk`.
+        key_cache, gathered_key: [NB, Hk, bs, d], the same K; candidates are read from the second.
+        block_table: int32 [R, max_blocks].
+        seq_lens, tail_start: int32 [R].
+        candidates: how many tokens are proposed, at least k.
+        channels, scale, softcap: as of `refine_topk`.
+        every_head: see above; the same to a KV head with one query head.
+    """
+    implementation("retrieve_topk", key_cache)(
+        indices,
+        query,
+        index,
+        key_cache,
+        gathered_key,
+        block_table,
+        seq_lens,
+        tail_start,
+        sink_tokens,
+        critical_channels,
+        candidates,
+        channels,
+        every_head,
+        scale,
+        softcap,
+        max_tail_start,
     )
 
 
@@ -344,9 +378,6 @@ def sparse_decode_attention(
         scale: factor on q.k before the softmax.
         softcap: if positive, scores become `softcap * tanh(score / softcap)`.
     """
-    checks.check_decode(output, query, key_cache, value_cache, block_table, seq_lens)
-    checks.check_rows("tail_start", tail_start, query.shape[0])
-    checks.check_indices(indices, key_cache, query.shape[0])
     implementation("sparse_decode_attention", key_cache)(
         output,
         query,
@@ -385,5 +416,4 @@ def dense_preference(
     Returns:
         float32 [H]; the layer's score is its mean.
     """
-    checks.check_preference(query, key, alpha)
     return implementation("dense_preference", key)(query, key, alpha, scale, softcap)

@@ -3,26 +3,32 @@
 from collections.abc import Callable
 from typing import Any
 
+from vllm_tailorkv.failures import noted
 from vllm_tailorkv.patches.record import Patch
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    @noted
     def get_kv_cache_configs(
         vllm_config: Any, kv_cache_specs: list[dict[str, Any]], available_memory: list[int]
     ) -> Any:
-        from vllm_tailorkv.attention import budget  # noqa: PLC0415
+        from vllm_tailorkv.attention import budget, limits, report  # noqa: PLC0415
+        from vllm_tailorkv.attention.carried import plan_of  # noqa: PLC0415
 
-        sizings = [budget.cache_sizing(vllm_config, specs) for specs in kv_cache_specs]
+        sizings = [budget.cache_sizing(specs) for specs in kv_cache_specs]
         if not any(sizings):
-            budget.require_a_layer(vllm_config)
+            limits.require_a_layer(vllm_config)
             return original(vllm_config, kv_cache_specs, available_memory)
-        memory = [
-            budget.bound_memory(vllm_config, sizing, available)
-            for sizing, available in zip(sizings, available_memory, strict=True)
-        ]
+        plan, memory = plan_of(vllm_config), list(available_memory)
+        for i, sizing in enumerate(sizings):
+            if sizing is not None:
+                limits.require_pool_room(vllm_config, plan, sizing)
+                memory[i] = sizing.memory_for_vllm(memory[i], budget.pool_bytes(plan))
         configs = original(vllm_config, kv_cache_specs, memory)
         for sizing, config in zip(sizings, configs, strict=True):
-            budget.check_and_log(vllm_config, sizing, config.num_blocks)
+            if sizing is not None:
+                limits.require_pool_blocks(plan, sizing, config.num_blocks)
+                report.tell_sizes(vllm_config, sizing, config.num_blocks)
         return configs
 
     return get_kv_cache_configs

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+from vllm_tailorkv.failures import noted
 from vllm_tailorkv.patches.record import Patch
 
 
 def _wrap_spec(original: Callable[..., Any]) -> Callable[..., Any]:
+    @noted
     def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
         from vllm_tailorkv.attention.impl import TailorKVImpl  # noqa: PLC0415
         from vllm_tailorkv.attention.spec import layer_spec  # noqa: PLC0415
@@ -21,6 +23,7 @@ def _wrap_spec(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wrap_bind(original: Callable[..., Any]) -> Callable[..., Any]:
+    @noted
     def bind_kv_cache(self: Any, kv_cache: Any) -> None:
         from vllm_tailorkv.attention.impl import TailorKVImpl  # noqa: PLC0415
 

@@ -7,12 +7,14 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_tailorkv.attention.name import CLASS_PATH, LOGGER, NAME
+from vllm_tailorkv.failures import noted
 from vllm_tailorkv.patches.record import Patch
 
 logger = init_logger(LOGGER)
 
 
 def _wrap_backend(original: Callable[..., Any]) -> Callable[..., Any]:
+    @noted
     def get_attn_backend_cls(
         cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
@@ -34,11 +36,9 @@ def _wrap_backend(original: Callable[..., Any]) -> Callable[..., Any]:
 def _wrap_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         original(cls, vllm_config)
-        backend = vllm_config.attention_config.backend
-        if backend is not None and backend.name == NAME:
-            from vllm_tailorkv.attention.support import check_engine  # noqa: PLC0415
+        from vllm_tailorkv.attention.support import check_engine  # noqa: PLC0415
 
-            check_engine(vllm_config)
+        check_engine(vllm_config)
 
     return check_and_update_config
 

@@ -85,7 +85,9 @@ def check_version(version: str, supported: str = SUPPORTED_VLLM) -> None:
         TailorKVError: naming the version and the remedy.
     """
     try:
-        known = Version(Version(version).base_version) in SpecifierSet(supported)
+        parsed = Version(version)
+        # A pre-release or a build of a branch may have any code: it is not what was verified.
+        known = not parsed.is_prerelease and Version(parsed.public) in SpecifierSet(supported)
     except InvalidVersion:
         known = False
     if not known:

@@ -1,19 +1,19 @@
-"""The demo's server is watched and stopped, whatever its state; its log is read, not trusted."""
+"""The demo's server is watched and stopped, whatever its state."""
 
-import json
 import os
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from vllm_tailorkv.demo import __main__ as demo
 from vllm_tailorkv.demo import server as demo_server
 from vllm_tailorkv.demo.client import Answer
-from vllm_tailorkv.demo.server import ServerError, ServerOptions, VllmServer, read_plan
+from vllm_tailorkv.demo.server import ServerError, ServerOptions, VllmServer
 from vllm_tailorkv.demo.text import Needle, PlacedNeedle
 
 PLAN = {
@@ -27,7 +27,6 @@ PLAN = {
     "full_bytes_per_token": 6144,
     "num_blocks": 10,
     "block_size": 128,
-    "num_tokens": 1280,
     "budget_tokens": 192,
     "bits": 2,
     "index": "channels",
@@ -61,18 +60,51 @@ def wait_for_lines(log: Path, count: int) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize(
-    "prefix", ["", "(EngineCore pid=123) INFO 11-21 02:19:53 [backend.py:12] ", "INFO: "]
-)
-def test_plan_is_read_with_any_prefix(prefix: str) -> None:
-    plan = read_plan(f"starting\n{prefix}TailorKV plan: {json.dumps(PLAN)}\nready\n")
+METRICS = """\
+# HELP tailorkv_plan_info The plan of TailorKV.
+# TYPE tailorkv_plan_info gauge
+tailorkv_plan_info{%s} 1.0
+# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{block_size="128",engine="0",num_gpu_blocks="10"} 1.0
+# HELP vllm:kv_cache_usage_perc KV-cache usage.
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{engine="0",model_name="demo"} 0.5
+"""
+
+
+def serve_metrics(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(demo_server.httpx, "get", lambda *_, **__: SimpleNamespace(text=text))
+
+
+def labels_of(plan: dict[str, object]) -> str:
+    """As the metric has them; the sizes of the cache are vLLM's to tell."""
+    listed = {
+        name: ",".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in plan.items()
+        if name not in ("num_blocks", "block_size")
+    }
+    return ",".join(f'{name}="{value}"' for name, value in listed.items())
+
+
+def test_plan_of_the_metrics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    server = fake_server(monkeypatch, tmp_path, "")
+    serve_metrics(monkeypatch, METRICS % labels_of(PLAN))
+    plan = server.plan()
     assert plan is not None
     assert plan.model_dump() == PLAN
+    assert plan.num_tokens == 9 * 128
+    assert server.cached_tokens() == 640
+    serve_metrics(monkeypatch, METRICS % labels_of(PLAN | {"dense_layers": []}))
+    plan = server.plan()
+    assert plan is not None and plan.dense_layers == []
 
 
-@pytest.mark.parametrize("log", ["", "TailorKV plan: {", 'TailorKV plan: {"bits": 2}'])
-def test_no_plan(log: str) -> None:
-    assert read_plan(log) is None
+@pytest.mark.parametrize("text", ["", METRICS % 'bits="2"'])
+def test_no_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> None:
+    server = fake_server(monkeypatch, tmp_path, "")
+    serve_metrics(monkeypatch, text)
+    assert server.plan() is None
 
 
 def test_failed_start_names_the_cause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

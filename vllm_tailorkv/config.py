@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictInt,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -20,13 +21,17 @@ from pydantic import (
 from vllm_tailorkv import envs
 from vllm_tailorkv.errors import TailorKVError
 
+MOST_TOKENS = 1 << 24
+"""The largest count of tokens that an option may have: more than any context, and products of it
+still fit the ops' 32-bit positions."""
+
 
 class DensePlan(BaseModel):
     """A layer profile given inline: the indices of the dense layers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dense_layers: tuple[int, ...]
+    dense_layers: tuple[StrictInt, ...]
 
 
 PAPER: dict[str, Any] = {
@@ -83,19 +88,31 @@ class TailorKVConfig(BaseModel):
         "group's extremes, as published, with twice the error.",
     )
     residual_tokens: int = Field(
-        default=128, ge=0, description="Newest tokens that a dense layer reads exactly."
+        default=128,
+        ge=0,
+        le=MOST_TOKENS,
+        description="Newest tokens that a dense layer reads exactly.",
     )
     sink_tokens: int = Field(
-        default=8, ge=0, description="First tokens that a sparse layer always reads."
+        default=8,
+        ge=0,
+        le=MOST_TOKENS,
+        description="First tokens that a sparse layer always reads.",
     )
     recent_tokens: int = Field(
-        default=56, ge=1, description="Newest tokens that a sparse layer always reads."
+        default=56,
+        ge=1,
+        le=MOST_TOKENS,
+        description="Newest tokens that a sparse layer always reads.",
     )
     topk_tokens: int = Field(
-        default=448, ge=1, description="Tokens between those that a sparse layer retrieves."
+        default=448,
+        ge=1,
+        le=MOST_TOKENS,
+        description="Tokens between those that a sparse layer retrieves.",
     )
     critical_channels: int = Field(
-        default=8, ge=1, description='Channels of K scored, with index="channels".'
+        default=8, ge=1, le=1024, description='Channels of K scored, with index="channels".'
     )
     index: Literal["channels", "onebit"] = Field(
         default="onebit",
@@ -122,6 +139,7 @@ class TailorKVConfig(BaseModel):
     full_attention_below: int = Field(
         default=2048,
         ge=0,
+        le=MOST_TOKENS,
         description="Contexts up to this many tokens are attended in full, which costs little "
         "there (the token budget always is).",
     )

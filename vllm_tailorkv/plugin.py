@@ -1,43 +1,46 @@
 """What vLLM calls in each of its processes: `register`, through `vllm.general_plugins`."""
 
-import sys
-from types import TracebackType
+import logging
+import os
 
+from vllm_tailorkv import failures
 from vllm_tailorkv.errors import TailorKVError
-
-
-def report_in_one_line() -> None:
-    """Let a `TailorKVError` that nobody catches end the process with one line, status 1."""
-    previous = sys.excepthook
-    if getattr(previous, "_tailorkv", False):
-        return
-
-    def hook(
-        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-    ) -> None:
-        if isinstance(error, TailorKVError):
-            print(f"vllm-tailorkv: error: {error}", file=sys.stderr)
-        else:
-            previous(kind, error, traceback)
-
-    hook._tailorkv = True  # type: ignore[attr-defined]
-    sys.excepthook = hook
 
 
 def register() -> None:
     """Make `--attention-backend tailorkv` known to this process. Idempotent.
 
-    Raises:
-        TailorKVError: this vLLM is unknown, or lacks something that a patch needs.
+    A vLLM that this package does not know is left as it is, with a warning, for those who serve by
+    its own backends; our name is then refused where it is selected.
     """
-    report_in_one_line()
+    failures.report_in_one_line()
     import vllm  # noqa: PLC0415  (the check must come before anything of vLLM's is touched)
 
     from vllm_tailorkv.patches.record import apply_patches, check_version  # noqa: PLC0415
 
-    check_version(vllm.__version__)
-    from vllm_tailorkv.patches.backend_name import backend_member  # noqa: PLC0415
-    from vllm_tailorkv.patches.catalog import PATCHES  # noqa: PLC0415
+    try:
+        check_version(vllm.__version__)
+        from vllm_tailorkv.patches.catalog import PATCHES  # noqa: PLC0415
 
-    apply_patches(PATCHES, vllm.__version__)
+        apply_patches(PATCHES, vllm.__version__)
+    except TailorKVError as error:
+        from vllm_tailorkv.patches.unknown_vllm import refuse_selection  # noqa: PLC0415
+
+        refuse_selection(error)
+        logging.getLogger("vllm").warning("TailorKV is off: %s", error)
+        return
+    from vllm_tailorkv.patches.backend_name import backend_member  # noqa: PLC0415
+
     backend_member()
+    _enter_variables()
+
+
+def _enter_variables() -> None:
+    """Enter our environment variables where vLLM keeps its own, which warns of all others."""
+    from vllm import envs as vllm_envs  # noqa: PLC0415
+
+    from vllm_tailorkv import envs  # noqa: PLC0415
+    from vllm_tailorkv.config import TailorKVConfig  # noqa: PLC0415
+
+    for name in envs.names(TailorKVConfig.model_fields):
+        vllm_envs.environment_variables.setdefault(name, lambda name=name: os.environ.get(name))

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
 from vllm_tailorkv.config import DensePlan
 from vllm_tailorkv.errors import TailorKVError
@@ -107,7 +107,7 @@ class Profile(BaseModel):
     num_kv_heads: int = Field(gt=0)
     head_size: int = Field(gt=0)
     num_heads: int | None = Field(default=None, gt=0)
-    dense_layers: tuple[int, ...]
+    dense_layers: tuple[StrictInt, ...]
     identified: Identification | None = None
 
     @model_validator(mode="after")
@@ -192,18 +192,24 @@ def load_profile(path: Path) -> Profile:
     return profile
 
 
-def read_profile(path: Path, shape: ModelShape) -> LayerPlan:
+def read_profile(path: Path, shape: ModelShape, *, was_given: bool = True) -> LayerPlan:
     """The plan of a profile file.
+
+    Args:
+        was_given: whether the user named it, rather than that it lay beside the model.
 
     Raises:
         TailorKVError: the file is missing or malformed, or was made for another model.
     """
     profile = load_profile(path)
     if why := _misfit(profile, shape):
-        raise TailorKVError(
-            f"profile={str(path)!r} does not fit {shape.name}: {why}; give the profile of this "
-            "model, or leave the option out"
-        )
+        remedy = "give the profile of this model, or leave the option out"
+        if not was_given:
+            remedy = (
+                "it lies beside the model and was found by itself: name another one in the option "
+                """profile, or give '{"tailorkv": {"profile": {"dense_layers": []}}}' for none"""
+            )
+        raise TailorKVError(f"profile={str(path)!r} does not fit {shape.name}: {why}; {remedy}")
     return _plan(profile.dense_layers, shape, str(path))
 
 
@@ -253,7 +259,7 @@ def layer_plan(profile: str | DensePlan | None, shape: ModelShape) -> LayerPlan:
         return read_profile(Path(profile), shape)
     neighbour = Path(shape.name) / NEIGHBOUR
     if neighbour.is_file():
-        return read_profile(neighbour, shape)
+        return read_profile(neighbour, shape, was_given=False)
     name = base_name(shape.name)
     for entry in _published():
         known = ModelShape(

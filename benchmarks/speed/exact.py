@@ -48,8 +48,8 @@ def _exact_head(
     kept = torch.ones(inputs.context, dtype=torch.bool)
     if as_ours and isinstance(pages.derived, DenseCodes):
         coded_key, coded_value = _dequantized(step, pages.derived, blocks, head)
-        key[: inputs.coded] = coded_key[: inputs.coded].double()
-        value[: inputs.coded] = coded_value[: inputs.coded].double()
+        key[: step.tail] = coded_key[: step.tail].double()
+        value[: step.tail] = coded_value[: step.tail].double()
     elif as_ours:
         kept[SINKS : step.tail] = False
         chosen = step.indices[row, head].long()

@@ -4,8 +4,7 @@ import math
 
 import torch
 
-from speed.shapes import DTYPE, GROUP_SIZES, RESIDUAL, SINKS, Shape
-from vllm_tailorkv.layout import DerivedKind
+from speed.shapes import BLOCK_SIZE, DTYPE, RECENT, RESIDUAL, SINKS, Shape
 
 PLANTED = 8
 PLANTED_ODDS = math.exp(3)
@@ -24,15 +23,14 @@ class Inputs:
         self.scale = shape.head_size**-0.5
         self.query = torch.randn(batch, shape.heads, shape.head_size).to(DTYPE)
         self.seq_lens = torch.full((batch,), context, dtype=torch.int32)
-        group_size = GROUP_SIZES[DerivedKind.DENSE]
-        self.coded = (context - RESIDUAL) // group_size * group_size
-        self.num_quantized = torch.full((batch,), self.coded, dtype=torch.int32)
         self.planted = self._planted_tokens()
         self.planted_key = self._planted_key()
 
     def _planted_tokens(self) -> torch.Tensor:
         """Positions [B, Hk, PLANTED], neither sinks nor among the newest tokens."""
-        order = torch.rand(self.batch, self.shape.kv_heads, self.coded - SINKS).argsort(-1)
+        # Neither read exactly by a dense layer, nor always by a sparse one.
+        middle = self.context - max(RESIDUAL, RECENT) - BLOCK_SIZE - SINKS
+        order = torch.rand(self.batch, self.shape.kv_heads, middle).argsort(-1)
         return order[..., :PLANTED] + SINKS
 
     def _planted_key(self) -> torch.Tensor:

@@ -1,15 +1,19 @@
 """The shapes of models, the kinds of layers, and the settings they are timed with."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from vllm_tailorkv.config import TailorKVConfig, load_config
 from vllm_tailorkv.layout import DerivedKind, PageLayout
+from vllm_tailorkv.plan import page_layout
 
 DTYPE = torch.bfloat16
 BLOCK_SIZE = 128
-GROUP_SIZES = {DerivedKind.ONEBIT: 128, DerivedKind.CHANNELS: 64, DerivedKind.DENSE: 64}
-SINKS, RECENT, RESIDUAL, CHANNELS = 8, 56, 128, 8
+_DEFAULTS = TailorKVConfig()
+SINKS, RECENT = _DEFAULTS.sink_tokens, _DEFAULTS.recent_tokens
+RESIDUAL, CHANNELS = _DEFAULTS.residual_tokens, _DEFAULTS.critical_channels
 MIN_CONTEXT = 512
 """Below it, too few tokens lie between the sinks and the newest ones to select from."""
 
@@ -53,21 +57,31 @@ class Case:
         return int(self.selected * self.rerank)
 
     @property
+    def config(self) -> TailorKVConfig:
+        """The options of a model with such a layer."""
+        options: dict[str, Any] = {"bits": self.bits, "index": self.index or "onebit"}
+        if self.layer == "sparse":
+            options |= {
+                "topk_tokens": self.selected,
+                "rerank_factor": self.rerank,
+                "query_reduce": self.query_reduce,
+            }
+        return load_config(options)
+
+    @property
     def index(self) -> str | None:
         """The index of a sparse layer."""
         return self.kind.value if self.layer == "sparse" else None
 
     def layout(self, shape: Shape) -> PageLayout:
         """Of the pages of such a layer."""
-        return PageLayout(
+        return page_layout(
+            self.config,
             self.kind,
-            shape.kv_heads,
-            shape.head_size,
-            BLOCK_SIZE,
-            GROUP_SIZES[self.kind],
-            self.bits,
-            2,
-            key_rows=self.layer == "sparse",
+            num_kv_heads=shape.kv_heads,
+            head_size=shape.head_size,
+            block_size=BLOCK_SIZE,
+            kv_itemsize=DTYPE.itemsize,
         )
 
 

@@ -6,7 +6,8 @@ import torch
 
 from speed.inputs import Inputs
 from speed.pages import PageSet, make_sets
-from speed.shapes import CHANNELS, RECENT, RESIDUAL, SINKS, Case
+from speed.shapes import CHANNELS, RESIDUAL, SINKS, Case
+from vllm_tailorkv.attention.rows import tail_starts
 from vllm_tailorkv.kernels import ops
 from vllm_tailorkv.kernels.types import SPREAD_GROUPS, ChannelIndex, DenseCodes, OnebitIndex
 from vllm_tailorkv.layout import DerivedKind
@@ -19,14 +20,12 @@ class Step:
         self.inputs, self.case = inputs, case
         self.layout = case.layout(inputs.shape)
         batch, kv_heads = inputs.batch, inputs.shape.kv_heads
-        # The engine's rule: the last complete group before the recent tokens.
-        size = self.layout.group_size
-        self.tail = max(min(inputs.context - RECENT, inputs.context // size * size), SINKS)
-        self.tail_start = torch.full((batch,), self.tail, dtype=torch.int32)
+        self.tail_start = tail_starts(
+            inputs.seq_lens, case.kind, self.layout.group_size, case.config
+        )
+        self.tail = int(self.tail_start.max())
         self.output = torch.empty_like(inputs.query)
         self.indices = torch.empty(batch, kv_heads, case.selected, dtype=torch.int32)
-        self.mass = torch.empty(inputs.query.shape[:2])
-        self.candidates = self.indices.new_empty(batch, kv_heads, case.candidates)
         self.sets = make_sets(inputs, self.layout, self.bytes_read)
 
     @property
@@ -34,7 +33,7 @@ class Step:
         """Bytes of the pages that a step reads."""
         inputs, head_size = self.inputs, self.inputs.shape.head_size
         size = self.layout.group_size
-        groups = records = inputs.coded // size
+        groups = records = self.tail // size
         keys = values = RESIDUAL
         if self.case.layer == "sparse":
             groups = records = -(-self.tail // size)
@@ -54,13 +53,8 @@ class Step:
         """The ops of one step by name, in order."""
         if self.case.layer == "dense":
             return {"quantized_decode_attention": self.attend_codes}
-        refine = {"refine_topk": self.refine} if self.case.rerank > 1 else {}
-        measured = self.case.query_reduce == "max" or self.case.rerank > 1
-        mass = {"log_mass": self.weigh} if measured else {}
         return {
-            **mass,
-            "propose_topk": self.propose,
-            **refine,
+            "retrieve_topk": self.retrieve,
             "sparse_decode_attention": self.attend_selected,
         }
 
@@ -75,57 +69,29 @@ class Step:
             pages.derived,
             pages.block_table,
             self.inputs.seq_lens,
-            self.inputs.num_quantized,
+            self.tail_start,
             scale=self.inputs.scale,
         )
 
-    def weigh(self, pages: PageSet) -> None:
-        """What each head pays to sinks and tail."""
-        ops.log_mass(
-            self.mass,
+    def retrieve(self, pages: PageSet) -> None:
+        """The tokens that the index finds and that weigh most."""
+        assert isinstance(pages.derived, OnebitIndex | ChannelIndex)
+        ops.retrieve_topk(
+            self.indices,
             self.inputs.query,
+            pages.derived,
+            pages.host.key,
             pages.host.gathered_key,
             pages.block_table,
             self.inputs.seq_lens,
             self.tail_start,
             sink_tokens=SINKS,
-            scale=self.inputs.scale,
-        )
-
-    def propose(self, pages: PageSet) -> None:
-        """The tokens that score best: candidates if ranked again."""
-        best = self.candidates if self.case.rerank > 1 else self.indices
-        query = self.inputs.query.float().unflatten(1, (self.inputs.shape.kv_heads, -1))
-        if self.case.query_reduce == "max":
-            query, offset = query * self.inputs.scale, -self.mass.view(query.shape[:3])
-        else:
-            query = query.mean(2, keepdim=True)
-            offset = query.new_zeros(query.shape[:3])
-        assert isinstance(pages.derived, OnebitIndex | ChannelIndex)
-        ops.propose_topk(
-            best,
-            query,
-            pages.derived,
-            pages.host.key,
-            pages.block_table,
-            self.tail_start,
-            offset=offset,
-            sink_tokens=SINKS,
             critical_channels=CHANNELS,
-            max_tail_start=self.tail,
-        )
-
-    def refine(self, pages: PageSet) -> None:
-        """The candidates that truly weigh most."""
-        ops.refine_topk(
-            self.indices,
-            self.candidates,
-            self.inputs.query,
-            pages.host.gathered_key,
-            pages.block_table,
-            self.mass,
+            candidates=self.case.candidates,
             channels=self.inputs.shape.head_size,
+            every_head=self.case.query_reduce == "max",
             scale=self.inputs.scale,
+            max_tail_start=self.tail,
         )
 
     def attend_selected(self, pages: PageSet) -> None:

@@ -1,463 +1,496 @@
-// The torch library `vllm_tailorkv`: checks what the kernels rely on for memory safety, then passes
-// pointers and strides. Contracts are checked in `kernels/checks.py`.
+// The ops of the torch library `vllm_tailorkv` on CPUs. Each is one function: first the contract,
+// by shapes alone, which is all that the `Meta` variant does (what torch calls a fake, and what
+// implementations in Python are checked by), then pointers, then the kernel.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
+#include <vector>
 
+#include "../schema.h"
+#include "arguments.h"
 #include "kernels.h"
 
+namespace tailorkv {
 namespace {
 
-using tailorkv::kernels;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+// Tokens that the blocks of one row have room for.
+int64_t room(const Axes& axes) { return axes.max_blocks.size * axes.bs.size; }
 
-#define REQUIRE(condition, name, what) \
-  STD_TORCH_CHECK(condition, "vllm_tailorkv: ", name, " must be ", what)
-
-tailorkv::Dtype float_dtype(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return tailorkv::Dtype::kFloat32;
-    case ScalarType::Half:
-      return tailorkv::Dtype::kFloat16;
-    case ScalarType::BFloat16:
-      return tailorkv::Dtype::kBfloat16;
-    default:
-      REQUIRE(false, name, "float32, float16 or bfloat16");
-  }
-  return tailorkv::Dtype::kFloat32;
-}
-
-void require(const Tensor& tensor, const char* name, int64_t dim, ScalarType dtype) {
-  REQUIRE(tensor.is_cpu(), name, "on the CPU");
-  REQUIRE(tensor.dim() == dim, name, "of the rank of its contract");
-  REQUIRE(tensor.scalar_type() == dtype, name, "of the dtype of its contract");
-}
-
-void require_contiguous(const Tensor& tensor, const char* name, int64_t dim, ScalarType dtype) {
-  require(tensor, name, dim, dtype);
-  REQUIRE(tensor.is_contiguous(), name, "contiguous");
-}
-
-int32_t size(const Tensor& tensor, int64_t axis) { return static_cast<int32_t>(tensor.size(axis)); }
-
-tailorkv::Cache cache(const Tensor& tensor, const char* name, ScalarType dtype) {
-  require(tensor, name, 4, dtype);
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2),
-          tensor.stride(3)};
-}
-
-tailorkv::Shape shape_of(const Tensor& key_cache) {
-  REQUIRE(key_cache.dim() == 4, "key_cache", "[NB, Hk, bs, d]");
-  REQUIRE(key_cache.size(3) % 8 == 0, "head_size", "a multiple of 8");
-  return {size(key_cache, 1), size(key_cache, 2), size(key_cache, 3)};
-}
-
-// Records whose arrays have 5 axes ([NB, Hk, G, n, m]) or 4 ([NB, Hk, G, n]).
-template <class T>
-tailorkv::Records<T> records(const Tensor& tensor, const char* name, int64_t dim,
-                             ScalarType dtype) {
-  require(tensor, name, dim, dtype);
-  REQUIRE(tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1, name,
-          "contiguous in its last axis");
-  return {static_cast<T*>(tensor.data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2),
-          dim == 5 ? tensor.stride(3) : 1};
-}
-
-tailorkv::Codes codes_of(const Tensor& codes, const Tensor& scale, const Tensor& zero,
-                         int64_t scale_dim) {
-  return {records<uint8_t>(codes, "codes", 5, ScalarType::Byte),
-          records<uint16_t>(scale, "scale", scale_dim, ScalarType::Half),
-          records<uint16_t>(zero, "zero", scale_dim, ScalarType::Half)};
-}
-
-tailorkv::Grouping grouping_of(const tailorkv::Shape& shape, int64_t groups, int64_t run_bytes) {
-  REQUIRE(groups > 0 && shape.block_size % groups == 0, "block_size", "a multiple of group_size");
-  const int32_t group_size = shape.block_size / static_cast<int32_t>(groups);
-  REQUIRE(group_size % 32 == 0, "group_size", "a multiple of 32");
-  return {group_size, static_cast<int32_t>(groups),
-          static_cast<int32_t>(run_bytes * 8 / group_size)};
-}
-
-tailorkv::Grouping code_grouping(const tailorkv::Shape& shape, const Tensor& key_codes) {
-  auto grouping = grouping_of(shape, key_codes.size(2), key_codes.size(4));
-  REQUIRE(grouping.bits == 1 || grouping.bits == 2 || grouping.bits == 4, "bits", "1, 2 or 4");
-  return grouping;
-}
-
-const int32_t* row_values(const Tensor& tensor, const char* name, int64_t rows) {
-  require_contiguous(tensor, name, 1, ScalarType::Int);
-  REQUIRE(tensor.size(0) == rows, name, "one value for every row");
-  return static_cast<const int32_t*>(tensor.data_ptr());
-}
-
-tailorkv::BlockTable block_table_of(const Tensor& tensor, int64_t rows) {
-  require(tensor, "block_table", 2, ScalarType::Int);
-  REQUIRE(tensor.size(0) == rows && (tensor.size(1) <= 1 || tensor.stride(1) == 1), "block_table",
-          "[R, max_blocks] with contiguous rows");
-  return {static_cast<const int32_t*>(tensor.data_ptr()), tensor.stride(0)};
-}
-
-tailorkv::Decode decode_of(const Tensor& output, const Tensor& query, const Tensor& key_cache,
-                           const Tensor& value_cache, const Tensor& block_table,
-                           const Tensor& seq_lens, double scale, double softcap) {
-  const auto dtype = key_cache.scalar_type();
-  require_contiguous(query, "query", 3, dtype);
-  require_contiguous(output, "output", 3, dtype);
-  const auto shape = shape_of(key_cache);
-  const int64_t rows = query.size(0);
-  REQUIRE(query.size(1) % shape.kv_heads == 0 && query.size(2) == shape.head_size, "query",
-          "[R, H, d]");
-  return {float_dtype(key_cache, "key_cache"),
-          shape,
-          size(query, 0),
-          size(query, 1),
-          output.data_ptr(),
-          query.data_ptr(),
-          cache(key_cache, "key_cache", dtype),
-          cache(value_cache, "value_cache", dtype),
-          block_table_of(block_table, rows),
-          row_values(seq_lens, "seq_lens", rows),
-          static_cast<float>(scale),
-          static_cast<float>(softcap)};
-}
-
-void log_mass(const Tensor& mass, const Tensor& query, const Tensor& key_cache,
-              const Tensor& block_table, const Tensor& seq_lens, const Tensor& tail_start,
-              int64_t sink_tokens, double scale, double softcap) {
-  auto decode =
-      decode_of(query, query, key_cache, key_cache, block_table, seq_lens, scale, softcap);
-  require_contiguous(mass, "mass", 2, ScalarType::Float);
-  REQUIRE(mass.size(0) == decode.rows && mass.size(1) == decode.query_heads, "mass", "[R, H]");
-  kernels().log_mass({decode, static_cast<float*>(mass.data_ptr()),
-                      static_cast<int32_t>(sink_tokens),
-                      row_values(tail_start, "tail_start", decode.rows)});
-}
-
-tailorkv::ScoreTokens score_of(const Tensor& query, const tailorkv::Shape& shape,
-                               const tailorkv::Grouping& grouping, const Tensor& block_table,
-                               const Tensor& tail_start, const Tensor& offset,
-                               int64_t sink_tokens) {
-  require_contiguous(query, "query", 4, ScalarType::Float);
-  require_contiguous(offset, "offset", 3, ScalarType::Float);
-  const int64_t rows = query.size(0);
-  REQUIRE(
-      offset.size(0) == rows && offset.size(1) == query.size(1) && offset.size(2) == query.size(2),
-      "offset", "[R, Hk, Q]");
-  return {shape,
-          grouping,
-          size(query, 0),
-          size(query, 2),
-          nullptr,
-          0,
-          0,
-          static_cast<const float*>(query.data_ptr()),
-          static_cast<const float*>(offset.data_ptr()),
-          block_table_of(block_table, rows),
-          row_values(tail_start, "tail_start", rows),
-          static_cast<int32_t>(sink_tokens)};
-}
-
+template <bool Run>
 void write_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache,
               const Tensor& value_cache, const Tensor& slot_mapping,
               const std::optional<Tensor>& key_rows) {
+  const Contract contract("write_kv");
+  Axes axes;
+  Axis T{"T"}, slots{"slots"};
   const auto dtype = key_cache.scalar_type();
-  require(key, "key", 3, dtype);
-  require(value, "value", 3, dtype);
-  REQUIRE(key.stride(2) == 1 && value.stride(2) == 1, "key and value", "contiguous in channels");
-  require_contiguous(slot_mapping, "slot_mapping", 1, ScalarType::Long);
-  kernels().write_kv({float_dtype(key_cache, "key_cache"), shape_of(key_cache), key.size(0),
-                      key.data_ptr(), value.data_ptr(), key.stride(0), key.stride(1),
-                      value.stride(0), value.stride(1), cache(key_cache, "key_cache", dtype),
-                      cache(value_cache, "value_cache", dtype),
-                      static_cast<const int64_t*>(slot_mapping.data_ptr()),
-                      key_rows ? cache(*key_rows, "key_rows", dtype) : tailorkv::Cache{}});
+  check_caches(contract, key_cache, value_cache, axes);
+  if (key_rows) check_cache(contract, *key_rows, "key_rows", dtype, axes);
+  contract.tensor(key, "key", dtype, Strides::kRows, {T, axes.Hk, axes.d});
+  contract.tensor(value, "value", dtype, Strides::kRows, {T, axes.Hk, axes.d});
+  contract.tensor(slot_mapping, "slot_mapping", ScalarType::Long, Strides::kContiguous, {slots});
+  contract.require(slots.size >= T.size, "slot_mapping is shorter than key");
+  if (!Run) return;
+  const auto* slot = data<const int64_t>(contract, slot_mapping, "slot_mapping");
+  check_values(contract, slot, T.size, "slot_mapping", INT64_MIN, axes.NB.size * axes.bs.size);
+  kernels().write_kv({dtype_of(key_cache), shape_of(axes), T.size,
+                      data<const void>(contract, key, "key"),
+                      data<const void>(contract, value, "value"), key.stride(0), key.stride(1),
+                      value.stride(0), value.stride(1), cache_of(contract, key_cache, "key_cache"),
+                      cache_of(contract, value_cache, "value_cache"), slot,
+                      key_rows ? cache_of(contract, *key_rows, "key_rows") : Cache{}});
 }
 
-tailorkv::QuantizeGroups quantize_of(tailorkv::Derive derive, const Tensor& groups,
-                                     const Tensor& key_cache, const Tensor& value_cache) {
-  require_contiguous(groups, "groups", 1, ScalarType::Long);
-  const auto dtype = key_cache.scalar_type();
-  tailorkv::QuantizeGroups op{};
-  op.dtype = float_dtype(key_cache, "key_cache");
-  op.shape = shape_of(key_cache);
-  op.derive = derive;
-  op.num_groups = groups.size(0);
-  op.groups = static_cast<const int64_t*>(groups.data_ptr());
-  op.key_cache = cache(key_cache, "key_cache", dtype);
-  op.value_cache = cache(value_cache, "value_cache", dtype);
-  return op;
-}
-
-void quantize_dense(const Tensor& groups, const Tensor& key_cache, const Tensor& value_cache,
-                    const Tensor& key_codes, const Tensor& key_scale, const Tensor& key_zero,
-                    const Tensor& value_codes, const Tensor& value_scale, const Tensor& value_zero,
-                    bool fit) {
-  auto op = quantize_of(tailorkv::Derive::kDense, groups, key_cache, value_cache);
+template <bool Run>
+void quantize_groups(const Tensor& groups, const Tensor& key_cache, const Tensor& value_cache,
+                     const std::vector<Tensor>& derived, bool fit) {
+  const Contract contract("quantize_groups");
+  Axes axes;
+  Axis N{"N"};
+  contract.tensor(groups, "groups", ScalarType::Long, Strides::kContiguous, {N});
+  check_caches(contract, key_cache, value_cache, axes);
+  QuantizeGroups op{};
+  if (derived.size() == 1) {
+    op.derive = Derive::kChannels;
+    op.grouping = check_extremes(contract, derived[0], key_cache.scalar_type(), axes);
+  } else if (derived.size() == 3) {
+    op.derive = Derive::kOnebit;
+    op.grouping = check_onebit(contract, derived, axes);
+  } else {
+    op.derive = Derive::kDense;
+    op.grouping = check_dense(contract, derived, axes);
+  }
+  if (!Run) return;
+  op.dtype = dtype_of(key_cache);
+  op.shape = shape_of(axes);
   op.fit = fit;
-  op.key = codes_of(key_codes, key_scale, key_zero, 4);
-  op.value = codes_of(value_codes, value_scale, value_zero, 5);
-  op.grouping = code_grouping(op.shape, key_codes);
+  op.num_groups = N.size;
+  op.groups = data<const int64_t>(contract, groups, "groups");
+  check_values(contract, op.groups, N.size, "groups", 0,
+               axes.NB.size * op.grouping.groups_per_block);
+  op.key_cache = cache_of(contract, key_cache, "key_cache");
+  op.value_cache = cache_of(contract, value_cache, "value_cache");
+  if (op.derive == Derive::kChannels) {
+    op.extremes = records_of<void>(contract, derived[0], "extremes");
+  } else {
+    op.key = codes_of(contract, derived, 0);
+    if (op.derive == Derive::kDense) op.value = codes_of(contract, derived, 3);
+  }
   kernels().quantize_groups(op);
 }
 
-void quantize_onebit(const Tensor& groups, const Tensor& key_cache, const Tensor& key_codes,
-                     const Tensor& key_scale, const Tensor& key_zero, bool fit) {
-  auto op = quantize_of(tailorkv::Derive::kOnebit, groups, key_cache, key_cache);
-  op.fit = fit;
-  op.key = codes_of(key_codes, key_scale, key_zero, 4);
-  op.grouping = code_grouping(op.shape, key_codes);
-  kernels().quantize_groups(op);
+// What the decode ops share. V and output are those of K and query where an op has none.
+void check_decode(const Contract& contract, const Tensor& query, const Tensor& key_cache,
+                  const Tensor& value_cache, const Tensor& block_table, const Tensor& seq_lens,
+                  Axes& axes) {
+  check_caches(contract, key_cache, value_cache, axes);
+  check_query(contract, query, key_cache.scalar_type(), axes);
+  check_block_table(contract, block_table, axes);
+  check_row_values(contract, seq_lens, "seq_lens", axes);
 }
 
-void reduce_channels(const Tensor& groups, const Tensor& key_cache, const Tensor& extremes) {
-  auto op = quantize_of(tailorkv::Derive::kChannels, groups, key_cache, key_cache);
-  op.extremes = records<void>(extremes, "extremes", 5, key_cache.scalar_type());
-  op.grouping = grouping_of(op.shape, extremes.size(2), 0);
-  kernels().quantize_groups(op);
+void check_output(const Contract& contract, const Tensor& output, ScalarType dtype, Axes& axes) {
+  contract.tensor(output, "output", dtype, Strides::kContiguous, {axes.R, axes.H, axes.d});
 }
 
+Decode decode_of(const Contract& contract, const Axes& axes, const Tensor& output,
+                 const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                 const Tensor& block_table, const Tensor& seq_lens, double scale, double softcap) {
+  const Decode decode{dtype_of(key_cache),
+                      shape_of(axes),
+                      static_cast<int32_t>(axes.R.size),
+                      static_cast<int32_t>(axes.H.size),
+                      data<void>(contract, output, "output"),
+                      data<const void>(contract, query, "query"),
+                      cache_of(contract, key_cache, "key_cache"),
+                      cache_of(contract, value_cache, "value_cache"),
+                      block_table_of(contract, block_table),
+                      row_values_of(contract, seq_lens, "seq_lens", room(axes)),
+                      static_cast<float>(scale),
+                      static_cast<float>(softcap)};
+  check_blocks(contract, axes, decode.block_table, decode.seq_lens);
+  return decode;
+}
+
+template <bool Run>
 void quantized_decode_attention(const Tensor& output, const Tensor& query, const Tensor& key_cache,
-                                const Tensor& value_cache, const Tensor& key_codes,
-                                const Tensor& key_scale, const Tensor& key_zero,
-                                const Tensor& value_codes, const Tensor& value_scale,
-                                const Tensor& value_zero, const Tensor& block_table,
-                                const Tensor& seq_lens, const Tensor& num_quantized, double scale,
-                                double softcap) {
-  auto decode =
-      decode_of(output, query, key_cache, value_cache, block_table, seq_lens, scale, softcap);
-  kernels().quantized_decode_attention({decode, code_grouping(decode.shape, key_codes),
-                                        codes_of(key_codes, key_scale, key_zero, 4),
-                                        codes_of(value_codes, value_scale, value_zero, 5),
-                                        row_values(num_quantized, "num_quantized", decode.rows)});
+                                const Tensor& value_cache, const std::vector<Tensor>& codes,
+                                const Tensor& block_table, const Tensor& seq_lens,
+                                const Tensor& num_quantized, double scale, double softcap) {
+  const Contract contract("quantized_decode_attention");
+  Axes axes;
+  check_decode(contract, query, key_cache, value_cache, block_table, seq_lens, axes);
+  check_output(contract, output, key_cache.scalar_type(), axes);
+  const Grouping grouping = check_dense(contract, codes, axes);
+  check_row_values(contract, num_quantized, "num_quantized", axes);
+  if (!Run) return;
+  const Decode decode = decode_of(contract, axes, output, query, key_cache, value_cache,
+                                  block_table, seq_lens, scale, softcap);
+  kernels().quantized_decode_attention(
+      {decode, grouping, codes_of(contract, codes, 0), codes_of(contract, codes, 3),
+       row_values_of(contract, num_quantized, "num_quantized", room(axes))});
 }
 
-tailorkv::ScoreOnebit onebit_of(const Tensor& query, const Tensor& key_codes,
-                                const Tensor& key_scale, const Tensor& key_zero,
-                                const Tensor& block_table, const Tensor& tail_start,
-                                const Tensor& offset, int64_t sink_tokens, int64_t block_size) {
-  REQUIRE(query.dim() == 4, "query", "[R, Hk, Q, d]");
-  const tailorkv::Shape shape{size(query, 1), static_cast<int32_t>(block_size), size(query, 3)};
-  auto grouping = code_grouping(shape, key_codes);
-  REQUIRE(grouping.bits == 1, "the index", "of one bit");
-  return {score_of(query, shape, grouping, block_table, tail_start, offset, sink_tokens),
-          codes_of(key_codes, key_scale, key_zero, 4)};
+template <bool Run>
+void log_mass(const Tensor& mass, const Tensor& query, const Tensor& key_cache,
+              const Tensor& block_table, const Tensor& seq_lens, const Tensor& tail_start,
+              int64_t sink_tokens, double scale, double softcap) {
+  const Contract contract("log_mass");
+  Axes axes;
+  check_decode(contract, query, key_cache, key_cache, block_table, seq_lens, axes);
+  contract.tensor(mass, "mass", ScalarType::Float, Strides::kContiguous, {axes.R, axes.H});
+  check_row_values(contract, tail_start, "tail_start", axes);
+  const int32_t sinks = contract.within(sink_tokens, "sink_tokens", 0);
+  if (!Run) return;
+  const Decode decode = decode_of(contract, axes, query, query, key_cache, key_cache, block_table,
+                                  seq_lens, scale, softcap);
+  kernels().log_mass({decode, data<float>(contract, mass, "mass"), sinks,
+                      row_values_of(contract, tail_start, "tail_start", room(axes))});
 }
 
-tailorkv::ScoreChannels channels_of(const Tensor& query, const Tensor& extremes,
-                                    const Tensor& key_cache, const Tensor& block_table,
-                                    const Tensor& tail_start, const Tensor& offset,
-                                    int64_t sink_tokens, int64_t critical_channels) {
-  const auto dtype = key_cache.scalar_type();
-  const auto shape = shape_of(key_cache);
-  REQUIRE(query.dim() == 4 && query.size(1) == shape.kv_heads && query.size(3) == shape.head_size,
-          "query", "[R, Hk, Q, d]");
-  return {score_of(query, shape, grouping_of(shape, extremes.size(2), 0), block_table, tail_start,
-                   offset, sink_tokens),
-          float_dtype(key_cache, "key_cache"), records<void>(extremes, "extremes", 5, dtype),
-          cache(key_cache, "key_cache", dtype), static_cast<int32_t>(critical_channels)};
-}
+// The index of a sparse layer, and what its tokens are scored with.
+struct Scored {
+  Axes axes;
+  Axis Q{"Q"};
+  Grouping grouping;
+};
 
-void give_scores(tailorkv::ScoreTokens& score, const Tensor& scores) {
-  require(scores, "scores", 3, ScalarType::Float);
-  score.scores = static_cast<float*>(scores.data_ptr());
-  score.scores_row = scores.stride(0);
-  score.scores_head = scores.stride(1);
-}
+bool is_onebit(const std::vector<Tensor>& index) { return index.size() == 3; }
 
-int32_t* indices_of(const Tensor& indices) {
-  require_contiguous(indices, "indices", 3, ScalarType::Int);
-  return static_cast<int32_t*>(indices.data_ptr());
-}
-
-void score_onebit(const Tensor& scores, const Tensor& query, const Tensor& key_codes,
-                  const Tensor& key_scale, const Tensor& key_zero, const Tensor& block_table,
-                  const Tensor& tail_start, const Tensor& offset, int64_t sink_tokens,
-                  int64_t block_size) {
-  auto op = onebit_of(query, key_codes, key_scale, key_zero, block_table, tail_start, offset,
-                      sink_tokens, block_size);
-  give_scores(op.score, scores);
-  kernels().score_onebit(op);
-}
-
-void score_channels(const Tensor& scores, const Tensor& query, const Tensor& extremes,
+Scored check_scored(const Contract& contract, const Tensor& query, const std::vector<Tensor>& index,
                     const Tensor& key_cache, const Tensor& block_table, const Tensor& tail_start,
                     const Tensor& offset, int64_t sink_tokens, int64_t critical_channels) {
-  auto op = channels_of(query, extremes, key_cache, block_table, tail_start, offset, sink_tokens,
-                        critical_channels);
-  give_scores(op.score, scores);
-  kernels().score_channels(op);
+  Scored scored;
+  Axes& axes = scored.axes;
+  contract.require(index.size() == 3 || index.size() == 1, "an index is three tensors or one");
+  contract.floating(key_cache, "key_cache");
+  check_cache(contract, key_cache, "key_cache", key_cache.scalar_type(), axes);
+  contract.tensor(query, "query", ScalarType::Float, Strides::kContiguous,
+                  {axes.R, axes.Hk, scored.Q, axes.d});
+  contract.require(scored.Q.size > 0, "query must have queries");
+  contract.tensor(offset, "offset", ScalarType::Float, Strides::kContiguous,
+                  {axes.R, axes.Hk, scored.Q});
+  check_block_table(contract, block_table, axes);
+  check_row_values(contract, tail_start, "tail_start", axes);
+  contract.within(sink_tokens, "sink_tokens", 0);
+  if (is_onebit(index)) {
+    scored.grouping = check_onebit(contract, index, axes);
+  } else {
+    contract.within(critical_channels, "critical_channels", 1, axes.d.size);
+    scored.grouping = check_extremes(contract, index[0], key_cache.scalar_type(), axes);
+  }
+  return scored;
 }
 
-void propose_onebit(const Tensor& indices, const Tensor& query, const Tensor& key_codes,
-                    const Tensor& key_scale, const Tensor& key_zero, const Tensor& block_table,
-                    const Tensor& tail_start, const Tensor& offset, int64_t sink_tokens,
-                    int64_t block_size) {
-  kernels().propose_onebit({onebit_of(query, key_codes, key_scale, key_zero, block_table,
-                                      tail_start, offset, sink_tokens, block_size),
-                            indices_of(indices), size(indices, 2)});
+ScoreTokens score_of(const Contract& contract, const Scored& scored, const float* query,
+                     const float* offset, const Tensor& block_table, const Tensor& tail_start,
+                     int64_t sink_tokens, int64_t room_for) {
+  const ScoreTokens score{shape_of(scored.axes),
+                          scored.grouping,
+                          static_cast<int32_t>(scored.axes.R.size),
+                          static_cast<int32_t>(scored.Q.size),
+                          nullptr,
+                          0,
+                          0,
+                          query,
+                          offset,
+                          block_table_of(contract, block_table),
+                          row_values_of(contract, tail_start, "tail_start", room_for),
+                          static_cast<int32_t>(sink_tokens)};
+  check_blocks(contract, scored.axes, score.block_table, score.tail_start);
+  return score;
 }
 
-void propose_channels(const Tensor& indices, const Tensor& query, const Tensor& extremes,
-                      const Tensor& key_cache, const Tensor& block_table, const Tensor& tail_start,
-                      const Tensor& offset, int64_t sink_tokens, int64_t critical_channels) {
-  kernels().propose_channels({channels_of(query, extremes, key_cache, block_table, tail_start,
-                                          offset, sink_tokens, critical_channels),
-                              indices_of(indices), size(indices, 2)});
+ScoreOnebit onebit_of(const Contract& contract, const ScoreTokens& score,
+                      const std::vector<Tensor>& index) {
+  return {score, codes_of(contract, index, 0)};
 }
 
+ScoreChannels channels_of(const Contract& contract, const ScoreTokens& score,
+                          const std::vector<Tensor>& index, const Tensor& key_cache,
+                          int64_t critical_channels) {
+  return {score, dtype_of(key_cache), records_of<void>(contract, index[0], "extremes"),
+          cache_of(contract, key_cache, "key_cache"), static_cast<int32_t>(critical_channels)};
+}
+
+template <bool Run>
+void score_tokens(const Tensor& scores, const Tensor& query, const std::vector<Tensor>& index,
+                  const Tensor& key_cache, const Tensor& block_table, const Tensor& tail_start,
+                  const Tensor& offset, int64_t sink_tokens, int64_t critical_channels) {
+  const Contract contract("score_tokens");
+  Scored scored = check_scored(contract, query, index, key_cache, block_table, tail_start, offset,
+                               sink_tokens, critical_channels);
+  Axis S{"S"};
+  contract.tensor(scores, "scores", ScalarType::Float, Strides::kRows,
+                  {scored.axes.R, scored.axes.Hk, S});
+  if (!Run) return;
+  ScoreTokens score = score_of(contract, scored, data<const float>(contract, query, "query"),
+                               data<const float>(contract, offset, "offset"), block_table,
+                               tail_start, sink_tokens, std::min(S.size, room(scored.axes)));
+  score.scores = data<float>(contract, scores, "scores");
+  score.scores_row = scores.stride(0);
+  score.scores_head = scores.stride(1);
+  if (is_onebit(index)) {
+    kernels().score_onebit(onebit_of(contract, score, index));
+  } else {
+    kernels().score_channels(channels_of(contract, score, index, key_cache, critical_channels));
+  }
+}
+
+void propose(const Contract& contract, const ScoreTokens& score, const std::vector<Tensor>& index,
+             const Tensor& key_cache, int64_t critical_channels, int32_t* indices, int64_t k) {
+  const auto count = static_cast<int32_t>(k);
+  if (is_onebit(index)) {
+    kernels().propose_onebit({onebit_of(contract, score, index), indices, count});
+  } else {
+    kernels().propose_channels(
+        {channels_of(contract, score, index, key_cache, critical_channels), indices, count});
+  }
+}
+
+template <bool Run>
+void propose_topk(const Tensor& indices, const Tensor& query, const std::vector<Tensor>& index,
+                  const Tensor& key_cache, const Tensor& block_table, const Tensor& tail_start,
+                  const Tensor& offset, int64_t sink_tokens, int64_t critical_channels,
+                  int64_t max_tail_start) {
+  const Contract contract("propose_topk");
+  Scored scored = check_scored(contract, query, index, key_cache, block_table, tail_start, offset,
+                               sink_tokens, critical_channels);
+  Axis k{"k"};
+  check_indices(contract, indices, "indices", scored.axes, k);
+  contract.within(max_tail_start, "max_tail_start", 0);
+  if (!Run) return;
+  const ScoreTokens score =
+      score_of(contract, scored, data<const float>(contract, query, "query"),
+               data<const float>(contract, offset, "offset"), block_table, tail_start, sink_tokens,
+               std::min(max_tail_start, room(scored.axes)));
+  propose(contract, score, index, key_cache, critical_channels,
+          data<int32_t>(contract, indices, "indices"), k.size);
+}
+
+template <bool Run>
 void select_topk(const Tensor& indices, const Tensor& scores, const Tensor& tail_start,
                  int64_t sink_tokens) {
-  require_contiguous(indices, "indices", 3, ScalarType::Int);
-  require(scores, "scores", 3, ScalarType::Float);
-  kernels().select_topk({size(indices, 0), size(indices, 1), size(indices, 2),
-                         static_cast<int32_t*>(indices.data_ptr()),
-                         static_cast<const float*>(scores.data_ptr()), scores.stride(0),
-                         scores.stride(1), row_values(tail_start, "tail_start", indices.size(0)),
-                         static_cast<int32_t>(sink_tokens)});
+  const Contract contract("select_topk");
+  check_select_topk(contract, indices, scores, tail_start, sink_tokens);
+  if (!Run) return;
+  kernels().select_topk(
+      {static_cast<int32_t>(indices.size(0)), static_cast<int32_t>(indices.size(1)),
+       static_cast<int32_t>(indices.size(2)), data<int32_t>(contract, indices, "indices"),
+       data<const float>(contract, scores, "scores"), scores.stride(0), scores.stride(1),
+       row_values_of(contract, tail_start, "tail_start", scores.size(2)),
+       static_cast<int32_t>(sink_tokens)});
 }
 
+template <bool Run>
 void refine_topk(const Tensor& indices, const Tensor& candidates, const Tensor& query,
                  const Tensor& key_cache, const Tensor& block_table, const Tensor& mass,
                  int64_t channels, double scale, double softcap) {
-  const auto dtype = key_cache.scalar_type();
-  const auto shape = shape_of(key_cache);
-  require_contiguous(indices, "indices", 3, ScalarType::Int);
-  require_contiguous(candidates, "candidates", 3, ScalarType::Int);
-  require_contiguous(query, "query", 3, dtype);
-  require_contiguous(mass, "mass", 2, ScalarType::Float);
-  kernels().refine_topk(
-      {float_dtype(key_cache, "key_cache"), shape, size(query, 0), size(query, 1), size(indices, 2),
-       size(candidates, 2), static_cast<int32_t*>(indices.data_ptr()),
-       static_cast<const int32_t*>(candidates.data_ptr()), query.data_ptr(),
-       cache(key_cache, "key_cache", dtype), block_table_of(block_table, query.size(0)),
-       static_cast<const float*>(mass.data_ptr()), static_cast<int32_t>(channels),
-       static_cast<float>(scale), static_cast<float>(softcap)});
+  const Contract contract("refine_topk");
+  Axes axes;
+  Axis k{"k"}, C{"C"};
+  contract.floating(key_cache, "key_cache");
+  check_cache(contract, key_cache, "key_cache", key_cache.scalar_type(), axes);
+  check_query(contract, query, key_cache.scalar_type(), axes);
+  check_indices(contract, indices, "indices", axes, k);
+  check_indices(contract, candidates, "candidates", axes, C);
+  contract.tensor(mass, "mass", ScalarType::Float, Strides::kContiguous, {axes.R, axes.H});
+  check_block_table(contract, block_table, axes);
+  contract.within(channels, "channels", 1, axes.d.size);
+  if (!Run) return;
+  const BlockTable table = block_table_of(contract, block_table);
+  const auto* proposed = data<const int32_t>(contract, candidates, "candidates");
+  check_tokens(contract, axes, proposed, C.size, "candidates", table);
+  kernels().refine_topk({dtype_of(key_cache), shape_of(axes), static_cast<int32_t>(axes.R.size),
+                         static_cast<int32_t>(axes.H.size), static_cast<int32_t>(k.size),
+                         static_cast<int32_t>(C.size), data<int32_t>(contract, indices, "indices"),
+                         proposed, data<const void>(contract, query, "query"),
+                         cache_of(contract, key_cache, "key_cache"), table,
+                         data<const float>(contract, mass, "mass"), static_cast<int32_t>(channels),
+                         static_cast<float>(scale), static_cast<float>(softcap)});
 }
 
+// A query as floats, times a factor.
+float element(const void* from, Dtype dtype, int64_t i) {
+  if (dtype == Dtype::kFloat32) return static_cast<const float*>(from)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(from)[i];
+  if (dtype == Dtype::kBfloat16) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float result;
+    __builtin_memcpy(&result, &wide, 4);
+    return result;
+  }
+  return static_cast<float>(reinterpret_cast<const torch::headeronly::Half&>(bits));
+}
+
+// The queries that tokens are scored with, and what is added to their scores: every head's,
+// measured against what it pays elsewhere, or the mean of the heads.
+//   queries: [R, Hk, Q, d]; offsets: [R, Hk, Q]; mass: [R, H]
+void scored_queries(const void* query, Dtype dtype, const Axes& axes, bool every_head, float scale,
+                    const float* mass, float* queries, float* offsets) {
+  const int64_t d = axes.d.size, group = axes.H.size / axes.Hk.size;
+  const int64_t pairs = axes.R.size * axes.Hk.size;
+  if (every_head) {
+    for (int64_t i = 0; i < pairs * group; ++i) {
+      for (int64_t c = 0; c < d; ++c) queries[i * d + c] = element(query, dtype, i * d + c) * scale;
+      offsets[i] = -mass[i];
+    }
+    return;
+  }
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    offsets[pair] = 0;
+    for (int64_t c = 0; c < d; ++c) {
+      float sum = 0;
+      for (int64_t h = 0; h < group; ++h) sum += element(query, dtype, (pair * group + h) * d + c);
+      queries[pair * d + c] = sum / static_cast<float>(group);
+    }
+  }
+}
+
+template <bool Run>
+void retrieve_topk(const Tensor& indices, const Tensor& query, const std::vector<Tensor>& index,
+                   const Tensor& key_cache, const Tensor& gathered_key, const Tensor& block_table,
+                   const Tensor& seq_lens, const Tensor& tail_start, int64_t sink_tokens,
+                   int64_t critical_channels, int64_t candidates, int64_t channels, bool every_head,
+                   double scale, double softcap, int64_t max_tail_start) {
+  const Contract contract("retrieve_topk");
+  Scored scored;
+  Axes& axes = scored.axes;
+  Axis k{"k"};
+  contract.require(index.size() == 3 || index.size() == 1, "an index is three tensors or one");
+  check_decode(contract, query, key_cache, gathered_key, block_table, seq_lens, axes);
+  check_row_values(contract, tail_start, "tail_start", axes);
+  check_indices(contract, indices, "indices", axes, k);
+  const int32_t sinks = contract.within(sink_tokens, "sink_tokens", 0);
+  const int32_t proposed = contract.within(candidates, "candidates", k.size);
+  contract.within(channels, "channels", 1, axes.d.size);
+  contract.within(max_tail_start, "max_tail_start", 0);
+  if (is_onebit(index)) {
+    scored.grouping = check_onebit(contract, index, axes);
+  } else {
+    contract.within(critical_channels, "critical_channels", 1, axes.d.size);
+    scored.grouping = check_extremes(contract, index[0], key_cache.scalar_type(), axes);
+  }
+  if (!Run) return;
+  const Decode decode = decode_of(contract, axes, query, query, gathered_key, gathered_key,
+                                  block_table, seq_lens, scale, softcap);
+  const int64_t group = axes.H.size / axes.Hk.size;
+  const bool by_head = every_head && group > 1, reranked = proposed > k.size;
+  scored.Q.size = by_head ? group : 1;
+  const auto* starts =
+      row_values_of(contract, tail_start, "tail_start", std::min(max_tail_start, room(axes)));
+  // One allocation for all that lies between the steps.
+  const int64_t pairs = axes.R.size * axes.Hk.size, count = pairs * scored.Q.size;
+  const int64_t masses = axes.R.size * axes.H.size, floats = masses + count * (axes.d.size + 1);
+  const Tensor scratch = torch::stable::new_empty(
+      query, {floats + (reranked ? pairs * proposed : 0)}, ScalarType::Float);
+  auto* mass = static_cast<float*>(scratch.data_ptr());
+  float* queries = mass + masses;
+  float* offsets = queries + count * axes.d.size;
+  auto* chosen = data<int32_t>(contract, indices, "indices");
+  auto* found = reranked ? reinterpret_cast<int32_t*>(mass + floats) : chosen;
+  if (group > 1 && (by_head || reranked)) {
+    kernels().log_mass({decode, mass, sinks, starts});
+  } else {
+    for (int64_t i = 0; i < masses; ++i) mass[i] = -INFINITY;
+  }
+  scored_queries(decode.query, decode.dtype, axes, by_head, decode.scale, mass, queries, offsets);
+  propose(contract,
+          score_of(contract, scored, queries, offsets, block_table, tail_start, sinks,
+                   std::min(max_tail_start, room(axes))),
+          index, key_cache, critical_channels, found, proposed);
+  if (!reranked) return;
+  kernels().refine_topk({decode.dtype, decode.shape, decode.rows, decode.query_heads,
+                         static_cast<int32_t>(k.size), proposed, chosen, found, decode.query,
+                         decode.key_cache, decode.block_table, mass, static_cast<int32_t>(channels),
+                         decode.scale, decode.softcap});
+}
+
+template <bool Run>
 void sparse_decode_attention(const Tensor& output, const Tensor& query, const Tensor& key_cache,
                              const Tensor& value_cache, const Tensor& indices,
                              const Tensor& block_table, const Tensor& seq_lens,
                              const Tensor& tail_start, int64_t sink_tokens, double scale,
                              double softcap) {
-  require_contiguous(indices, "indices", 3, ScalarType::Int);
-  auto decode =
-      decode_of(output, query, key_cache, value_cache, block_table, seq_lens, scale, softcap);
-  kernels().sparse_decode_attention({decode, static_cast<const int32_t*>(indices.data_ptr()),
-                                     size(indices, 2), static_cast<int32_t>(sink_tokens),
-                                     row_values(tail_start, "tail_start", decode.rows)});
+  const Contract contract("sparse_decode_attention");
+  Axes axes;
+  Axis k{"k"};
+  check_decode(contract, query, key_cache, value_cache, block_table, seq_lens, axes);
+  check_output(contract, output, key_cache.scalar_type(), axes);
+  check_indices(contract, indices, "indices", axes, k);
+  check_row_values(contract, tail_start, "tail_start", axes);
+  const int32_t sinks = contract.within(sink_tokens, "sink_tokens", 0);
+  if (!Run) return;
+  const Decode decode = decode_of(contract, axes, output, query, key_cache, value_cache,
+                                  block_table, seq_lens, scale, softcap);
+  const auto* chosen = data<const int32_t>(contract, indices, "indices");
+  check_tokens(contract, axes, chosen, k.size, "indices", decode.block_table);
+  kernels().sparse_decode_attention(
+      {decode, chosen, static_cast<int32_t>(k.size), sinks,
+       row_values_of(contract, tail_start, "tail_start", room(axes))});
 }
 
-void dense_preference(const Tensor& result, const Tensor& query, const Tensor& key, int64_t kept,
-                      double scale, double softcap) {
-  const auto dtype = key.scalar_type();
-  require_contiguous(query, "query", 3, dtype);
-  require_contiguous(key, "key", 3, dtype);
-  require_contiguous(result, "result", 1, ScalarType::Float);
-  kernels().dense_preference({float_dtype(key, "key"), size(query, 0), size(query, 1), size(key, 1),
-                              size(key, 2), key.size(0), query.data_ptr(), key.data_ptr(), kept,
-                              static_cast<float>(scale), static_cast<float>(softcap),
-                              static_cast<float*>(result.data_ptr())});
+template <bool Run>
+Tensor dense_preference(const Tensor& query, const Tensor& key, double alpha, double scale,
+                        double softcap) {
+  const Contract contract("dense_preference");
+  Axis n{"n"}, H{"H"}, L{"L"}, Hk{"Hk"}, d{"d"};
+  contract.floating(key, "key");
+  contract.tensor(query, "query", key.scalar_type(), Strides::kContiguous, {n, H, d});
+  contract.tensor(key, "key", key.scalar_type(), Strides::kContiguous, {L, Hk, d});
+  contract.require(Hk.size > 0 && H.size % Hk.size == 0, "query has ", H.size, " heads for ",
+                   Hk.size, " KV heads");
+  contract.require(n.size > 0 && n.size <= L.size, "query must have from 1 to L=", L.size,
+                   " queries, has ", n.size);
+  contract.require(alpha > 0 && alpha <= 1, "alpha must lie in (0, 1], is ", alpha);
+  const Tensor result = torch::stable::new_empty(query, {H.size}, ScalarType::Float);
+  if (!Run) return result;
+  const auto kept = static_cast<int64_t>(std::floor(alpha * static_cast<double>(L.size)));
+  kernels().dense_preference(
+      {dtype_of(key), static_cast<int32_t>(n.size), static_cast<int32_t>(H.size),
+       static_cast<int32_t>(Hk.size), static_cast<int32_t>(d.size), L.size,
+       data<const void>(contract, query, "query"), data<const void>(contract, key, "key"),
+       std::max<int64_t>(1, kept), static_cast<float>(scale), static_cast<float>(softcap),
+       data<float>(contract, result, "result")});
+  return result;
 }
 
 std::string isa() { return kernels().name; }
 
-void set_isa(std::string name) { tailorkv::set_kernels(name.c_str()); }
+void set_isa(std::string name) { set_kernels(name.c_str()); }
 
 }  // namespace
+}  // namespace tailorkv
 
 STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
-  m.def(
-      "write_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) "
-      "value_cache, "
-      "Tensor slot_mapping, Tensor(c!)? key_rows) -> ()");
-  m.def(
-      "quantize_dense(Tensor groups, Tensor key_cache, Tensor value_cache, "
-      "Tensor(a!) key_codes, "
-      "Tensor(b!) key_scale, Tensor(c!) key_zero, Tensor(d!) value_codes, "
-      "Tensor(e!) value_scale, "
-      "Tensor(f!) value_zero, bool fit) -> ()");
-  m.def(
-      "quantize_onebit(Tensor groups, Tensor key_cache, Tensor(a!) key_codes, "
-      "Tensor(b!) key_scale, Tensor(c!) key_zero, bool fit) -> ()");
-  m.def(
-      "reduce_channels(Tensor groups, Tensor key_cache, Tensor(a!) extremes) "
-      "-> ()");
-  m.def(
-      "quantized_decode_attention(Tensor(a!) output, Tensor query, Tensor "
-      "key_cache, "
-      "Tensor value_cache, Tensor key_codes, Tensor key_scale, Tensor "
-      "key_zero, "
-      "Tensor value_codes, Tensor value_scale, Tensor value_zero, Tensor "
-      "block_table, "
-      "Tensor seq_lens, Tensor num_quantized, float scale, float softcap) -> "
-      "()");
-  m.def(
-      "log_mass(Tensor(a!) mass, Tensor query, Tensor key_cache, Tensor block_table, Tensor "
-      "seq_lens, Tensor tail_start, int sink_tokens, float scale, float softcap) -> ()");
-  m.def(
-      "score_onebit(Tensor(a!) scores, Tensor query, Tensor key_codes, "
-      "Tensor key_scale, "
-      "Tensor key_zero, Tensor block_table, Tensor tail_start, Tensor offset, int "
-      "sink_tokens, int block_size) "
-      "-> ()");
-  m.def(
-      "score_channels(Tensor(a!) scores, Tensor query, Tensor extremes, Tensor "
-      "key_cache, "
-      "Tensor block_table, Tensor tail_start, Tensor offset, int sink_tokens, int "
-      "critical_channels) -> ()");
-  m.def(
-      "propose_onebit(Tensor(a!) indices, Tensor query, Tensor key_codes, Tensor key_scale, "
-      "Tensor key_zero, Tensor block_table, Tensor tail_start, Tensor offset, int sink_tokens, int "
-      "block_size) "
-      "-> ()");
-  m.def(
-      "propose_channels(Tensor(a!) indices, Tensor query, Tensor extremes, Tensor key_cache, "
-      "Tensor block_table, Tensor tail_start, Tensor offset, int sink_tokens, int "
-      "critical_channels) -> ()");
-  m.def(
-      "select_topk(Tensor(a!) indices, Tensor scores, Tensor tail_start, int "
-      "sink_tokens) -> ()");
-  m.def(
-      "refine_topk(Tensor(a!) indices, Tensor candidates, Tensor query, Tensor key_cache, "
-      "Tensor block_table, Tensor mass, int channels, float scale, float softcap) -> ()");
-  m.def(
-      "sparse_decode_attention(Tensor(a!) output, Tensor query, Tensor "
-      "key_cache, "
-      "Tensor value_cache, Tensor indices, Tensor block_table, Tensor "
-      "seq_lens, "
-      "Tensor tail_start, int sink_tokens, float scale, float softcap) -> ()");
-  m.def(
-      "dense_preference(Tensor(a!) result, Tensor query, Tensor key, int "
-      "kept, float scale, float softcap) -> ()");
-  m.def("isa() -> str");
-  m.def("set_isa(str name) -> ()");
+  for (const char* schema : tailorkv::kSchemas) m.def(schema);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vllm_tailorkv, CPU, m) {
-  m.impl("write_kv", TORCH_BOX(&write_kv));
-  m.impl("quantize_dense", TORCH_BOX(&quantize_dense));
-  m.impl("quantize_onebit", TORCH_BOX(&quantize_onebit));
-  m.impl("reduce_channels", TORCH_BOX(&reduce_channels));
-  m.impl("quantized_decode_attention", TORCH_BOX(&quantized_decode_attention));
-  m.impl("log_mass", TORCH_BOX(&log_mass));
-  m.impl("score_onebit", TORCH_BOX(&score_onebit));
-  m.impl("score_channels", TORCH_BOX(&score_channels));
-  m.impl("propose_onebit", TORCH_BOX(&propose_onebit));
-  m.impl("propose_channels", TORCH_BOX(&propose_channels));
-  m.impl("select_topk", TORCH_BOX(&select_topk));
-  m.impl("refine_topk", TORCH_BOX(&refine_topk));
-  m.impl("sparse_decode_attention", TORCH_BOX(&sparse_decode_attention));
-  m.impl("dense_preference", TORCH_BOX(&dense_preference));
-}
+#define TAILORKV_IMPLEMENT(run)                                                                \
+  m.impl("write_kv", TORCH_BOX(&tailorkv::write_kv<run>));                                     \
+  m.impl("quantize_groups", TORCH_BOX(&tailorkv::quantize_groups<run>));                       \
+  m.impl("quantized_decode_attention", TORCH_BOX(&tailorkv::quantized_decode_attention<run>)); \
+  m.impl("log_mass", TORCH_BOX(&tailorkv::log_mass<run>));                                     \
+  m.impl("score_tokens", TORCH_BOX(&tailorkv::score_tokens<run>));                             \
+  m.impl("propose_topk", TORCH_BOX(&tailorkv::propose_topk<run>));                             \
+  m.impl("select_topk", TORCH_BOX(&tailorkv::select_topk<run>));                               \
+  m.impl("refine_topk", TORCH_BOX(&tailorkv::refine_topk<run>));                               \
+  m.impl("retrieve_topk", TORCH_BOX(&tailorkv::retrieve_topk<run>));                           \
+  m.impl("sparse_decode_attention", TORCH_BOX(&tailorkv::sparse_decode_attention<run>));       \
+  m.impl("dense_preference", TORCH_BOX(&tailorkv::dense_preference<run>))
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_tailorkv, CPU, m) { TAILORKV_IMPLEMENT(true); }
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_tailorkv, Meta, m) { TAILORKV_IMPLEMENT(false); }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_tailorkv, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&isa));
-  m.impl("set_isa", TORCH_BOX(&set_isa));
+  m.impl("isa", TORCH_BOX(&tailorkv::isa));
+  m.impl("set_isa", TORCH_BOX(&tailorkv::set_isa));
 }
 
 // Importing the module registers the library; it holds nothing else.

@@ -153,7 +153,7 @@ def test_designed_layers_and_the_plan_they_make(demo_model: Path, tmp_path: Path
 
     arguments = {"dtype": "bfloat16", "kv_cache_memory_bytes": 64 << 20}
     with engine(model, {}, **arguments) as llm:
-        kinds = [layer.impl.spec.kind.value for layer in attention_layers(llm).values()]
+        kinds = [layer.impl.spec.layout.kind.value for layer in attention_layers(llm).values()]
     assert [i for i, kind in enumerate(kinds) if kind == "dense"] == list(PERMUTED_FLAT)
 
     content = json.loads(beside.read_text())

@@ -29,7 +29,14 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], list[str]]] = [
     ("missing profile", {"profile": "/no/such/file"}, {}, ["profile='/no/such/file'"]),
     ("block size", {}, {"block_size": 96}, ["--block-size 96", "group_size 64"]),
     ("group size", {"group_size": 128}, {"block_size": 64}, ["--block-size 64", "128"]),
-    ("fp8 cache", {}, {"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8", "auto"]),
+    ("fp8 cache", {}, {"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8", "leave it at auto"]),
+    (
+        "fp8 cache, 16 bits",
+        {},
+        {"kv_cache_dtype": "fp8", "dtype": "bfloat16"},
+        ["--kv-cache-dtype fp8", "give --kv-cache-dtype bfloat16"],
+    ),
+    ("offloading", {}, {"kv_offloading_size": 1.0}, ["KV offloading", "--kv-offloading-size"]),
     ("another cache dtype", {}, {"kv_cache_dtype": "bfloat16"}, ["bfloat16", "torch.float32"]),
     ("connector", {}, {"kv_transfer_config": CONNECTOR}, ["KV connectors", "--kv-transfer-config"]),
     (
@@ -90,7 +97,7 @@ def test_profile_of_this_model(random_llama: Path, tmp_path: Path) -> None:
     with engine(random_llama, {"profile": str(path)}) as llm:
         from engines import attention_layers
 
-        kinds = [layer.impl.spec.kind.value for layer in attention_layers(llm).values()]
+        kinds = [layer.impl.spec.layout.kind.value for layer in attention_layers(llm).values()]
     assert kinds == ["onebit", "dense", "dense", "onebit"]
 
 

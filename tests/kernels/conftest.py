@@ -4,6 +4,7 @@ Every byte of a cache starts as 0xFF, which is NaN in each dtype: whatever an op
 outside the addressed tokens shows in its result.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,9 @@ from vllm_tailorkv.kernels import reference
 from vllm_tailorkv.kernels import triton as triton_module
 from vllm_tailorkv.kernels.types import DerivedPages
 from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
+
+# Good values must pass these checks as well.
+os.environ.setdefault("VLLM_TAILORKV_CHECK_VALUES", "1")
 
 ITEMSIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 

@@ -43,9 +43,9 @@ def test_reference_against_loops(softcap):
 
 def test_arguments():
     query, key = torch.randn(3, 4, 16), torch.randn(50, 2, 16)
-    with pytest.raises(ValueError, match="alpha"):
+    with pytest.raises(RuntimeError, match="alpha"):
         ops.dense_preference(query, key, alpha=0.0, scale=1.0)
-    with pytest.raises(ValueError, match="more queries"):
+    with pytest.raises(RuntimeError, match="1 to L="):
         ops.dense_preference(query, key[:2], alpha=0.5, scale=1.0)
-    with pytest.raises(ValueError, match="head_size"):
+    with pytest.raises(RuntimeError, match=r"key must be \[L=50, Hk=2, d=16\], is \[50, 2, 8\]"):
         ops.dense_preference(query, key[..., :8], alpha=0.5, scale=1.0)

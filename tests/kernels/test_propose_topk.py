@@ -20,7 +20,8 @@ def offset_of(query):
 def propose(function, context, query, tail_start, k, sink_tokens=8):
     indices = torch.full((*query.shape[:2], k), 12345, dtype=torch.int32)
     pages = (context.cache.derived, context.cache.host.key, context.block_table)
-    function(indices, query, *pages, tail_start, offset_of(query), sink_tokens, 8)
+    most = max(0, int(tail_start.max())) if len(tail_start) else 0
+    function(indices, query, *pages, tail_start, offset_of(query), sink_tokens, 8, most)
     return indices
 
 
@@ -161,9 +162,9 @@ def test_arguments(build_context):
     indices, query = torch.zeros(1, 2, 8).int(), torch.zeros(1, 2, 1, 64)
     rest = (context.cache.derived, context.cache.host.key, context.block_table, context.complete)
     options = {"offset": offset_of(query), "max_tail_start": 64, **OPTIONS}
-    with pytest.raises(ValueError, match="query"):
+    with pytest.raises(RuntimeError, match="query"):
         ops.propose_topk(indices, query[..., :32], *rest, **options)
-    with pytest.raises(ValueError, match="indices"):
+    with pytest.raises(RuntimeError, match="indices"):
         ops.propose_topk(indices.long(), query, *rest, **options)
-    with pytest.raises(ValueError, match="indices"):
+    with pytest.raises(RuntimeError, match="indices"):
         ops.propose_topk(indices[:, :1], query, *rest, **options)

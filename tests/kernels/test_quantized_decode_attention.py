@@ -147,13 +147,13 @@ def test_arguments(build_context):
     ]
     for position, wrong, message in (
         (0, query[:, :2], "output"),
-        (1, query[:, :3], "query heads"),
-        (1, query.float(), "dtype"),
+        (1, query[:, :3], "3 heads for 2 KV heads"),
+        (1, query.float(), "query must be bfloat16, is float32"),
         (5, context.block_table.long(), "block_table"),
         (6, context.seq_lens.long(), "seq_lens"),
         (7, context.complete.repeat(2), "num_quantized"),
     ):
         changed = list(arguments)
         changed[position] = wrong
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(RuntimeError, match=message):
             ops.quantized_decode_attention(*changed, scale=1.0)

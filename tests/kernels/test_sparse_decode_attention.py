@@ -152,15 +152,15 @@ def test_arguments(build_context):
     indices = torch.zeros(1, 2, 5, dtype=torch.int32)
     options = {"sink_tokens": SINKS, "scale": 1.0}
     output = torch.empty_like(query)
-    with pytest.raises(ValueError, match="indices"):
+    with pytest.raises(RuntimeError, match="indices"):
         ops.sparse_decode_attention(
             output, query, *pages, indices.long(), *rest, context.complete, **options
         )
-    with pytest.raises(ValueError, match="indices"):
+    with pytest.raises(RuntimeError, match="indices"):
         ops.sparse_decode_attention(
             output, query, *pages, indices[:, :1].contiguous(), *rest, context.complete, **options
         )
-    with pytest.raises(ValueError, match="tail_start"):
+    with pytest.raises(RuntimeError, match="tail_start"):
         ops.sparse_decode_attention(
             output, query, *pages, indices, *rest, context.complete.long(), **options
         )

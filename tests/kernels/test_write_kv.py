@@ -84,13 +84,13 @@ def test_arguments(build_cache):
     key = torch.zeros(3, 2, 64, dtype=torch.bfloat16)
     slots = torch.arange(3)
     pages = (cache.host.key, cache.host.value)
-    with pytest.raises(ValueError, match="key must be"):
+    with pytest.raises(RuntimeError, match="key must be"):
         ops.write_kv(key[:, :1], key, *pages, slots)
-    with pytest.raises(ValueError, match="dtype"):
+    with pytest.raises(RuntimeError, match="key must be bfloat16, is float32"):
         ops.write_kv(key.float(), key, *pages, slots)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(RuntimeError, match="shorter"):
         ops.write_kv(key, key, *pages, slots[:2])
-    with pytest.raises(ValueError, match="int64"):
+    with pytest.raises(RuntimeError, match="int64"):
         ops.write_kv(key, key, *pages, slots.int())
-    with pytest.raises(ValueError, match="key_rows"):
+    with pytest.raises(RuntimeError, match="key_rows"):
         ops.write_kv(key, key, *pages, slots, pages[0][:1])

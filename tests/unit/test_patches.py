@@ -14,7 +14,7 @@ import pytest
 import vllm
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_tailorkv import plugin
+from vllm_tailorkv import failures, plugin
 from vllm_tailorkv.attention.name import CLASS_PATH, NAME
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.patches import block_count, layers
@@ -97,26 +97,50 @@ def test_register_is_idempotent() -> None:
     assert AttentionBackendEnum[NAME].get_path() == CLASS_PATH
 
 
-@pytest.mark.parametrize(
-    "version", ["0.32.0", "0.32.0+cpu", "0.32.5", "0.32.0rc1", "0.32.1.dev3+g0123abc"]
-)
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.5", "0.32.0.post1"])
 def test_known_versions(version: str) -> None:
     check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.33.0.dev1", "1.0.0", "0.4", "dev"])
+@pytest.mark.parametrize(
+    "version",
+    [
+        *("0.31.9", "0.33.0", "0.33.0.dev1", "1.0.0", "0.4"),
+        *("0.32.0rc1", "0.32.1rc2", "0.32.1.dev3+g0123abc"),
+        "dev",
+    ],
+)
 def test_unknown_version(version: str) -> None:
-    """A source tree without metadata calls itself "dev"."""
+    """A source tree without metadata calls itself "dev"; pre-releases may have any code."""
     with pytest.raises(TailorKVError) as caught:
         check_version(version)
     for word in (f"vLLM {version} ", SUPPORTED_VLLM, "vllm==0.32.0", "VLLM_PLUGINS=''"):
         assert word in str(caught.value)
 
 
-def test_register_with_an_unknown_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "__version__", "0.40.0")
-    with pytest.raises(TailorKVError, match=r"vLLM 0\.40\.0 is unknown"):
-        plugin.register()
+UNKNOWN = """
+import logging, vllm
+from types import SimpleNamespace
+from vllm.platforms import current_platform
+vllm.__version__ = "0.40.0"
+from vllm_tailorkv import failures, plugin
+from vllm_tailorkv.patches.catalog import PATCHES
+plugin.register()
+assert not any(patch.is_applied() for patch in PATCHES)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+original = current_platform.check_and_update_config
+attention = SimpleNamespace(backend=AttentionBackendEnum["TAILORKV"])
+original(SimpleNamespace(attention_config=attention))
+"""
+
+
+def test_an_unknown_vllm_is_left_alone_until_our_backend_is_selected() -> None:
+    result = run(UNKNOWN)
+    assert result.returncode == 1
+    text = (result.stdout + result.stderr).decode()
+    assert "TailorKV is off: vLLM 0.40.0 is unknown" in text
+    last = text.splitlines()[-1]
+    assert last.startswith("vllm-tailorkv: error: vLLM 0.40.0 is unknown")
 
 
 @pytest.fixture
@@ -236,13 +260,13 @@ def test_caches_of_other_models_are_left_alone() -> None:
         return config, specs, memory
 
     replacement = block_count.PATCH.wrap(original)
-    config = SimpleNamespace(attention_config=SimpleNamespace(backend=None))
+    config = SimpleNamespace(attention_config=SimpleNamespace(backend=None, backend_per_kind={}))
     assert replacement(config, [{}, {}], [5, 7]) == (config, [{}, {}], [5, 7])
 
 
 HOOK = """
 from vllm_tailorkv.errors import TailorKVError
-from vllm_tailorkv.plugin import report_in_one_line
+from vllm_tailorkv.failures import report_in_one_line
 report_in_one_line()
 report_in_one_line()
 """
@@ -272,7 +296,7 @@ def test_other_errors_keep_their_traceback() -> None:
 def test_hook_calls_the_previous_one(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[type[BaseException]] = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, traceback: seen.append(kind))
-    plugin.report_in_one_line()
+    failures.report_in_one_line()
     sys.excepthook(KeyError, KeyError("key"), None)
     sys.excepthook(TailorKVError, TailorKVError("line"), None)
     assert seen == [KeyError]

@@ -11,16 +11,14 @@ import pytest
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, compute_layer_kv_cache_shape_bytes
 
-from vllm_tailorkv.attention import spec as spec_module
 from vllm_tailorkv.attention.impl import Pages, TailorKVImpl
-from vllm_tailorkv.attention.settings import Settings
 from vllm_tailorkv.attention.spec import TailorKVSpec, layer_spec
-from vllm_tailorkv.config import load_config
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.kernels import reference
 from vllm_tailorkv.kernels.types import ChannelIndex, DenseCodes, OnebitIndex
-from vllm_tailorkv.layout import DerivedKind
-from vllm_tailorkv.profile import LayerPlan
+from vllm_tailorkv.layout import DerivedKind, PageLayout
+from vllm_tailorkv.plan import make_plan
+from vllm_tailorkv.profile import ModelShape
 
 BLOCKS, HEADS, HEAD_SIZE, BLOCK_SIZE, GROUP_SIZE = 4, 2, 80, 128, 64
 LAYER = "model.layers.3.self_attn.attn"
@@ -41,13 +39,13 @@ def make_spec(kind: DerivedKind, split: bool, dtype: torch.dtype = torch.bfloat1
         "num_kv_heads": HEADS,
         "head_size": HEAD_SIZE,
         "dtype": dtype,
-        "kind": kind,
-        "group_size": GROUP_SIZE,
-        "bits": 2,
-        "key_rows": kind is DerivedKind.CHANNELS,
         "split": split,
     }
-    layout = TailorKVSpec(**fields).layout
+    rows = kind is DerivedKind.CHANNELS
+    layout = PageLayout(
+        kind, HEADS, HEAD_SIZE, BLOCK_SIZE, GROUP_SIZE, 2, dtype.itemsize, key_rows=rows
+    )
+    fields["layout"] = layout
     page = layout.derived_bytes + (0 if split else layout.host_bytes)
     assert page % (HEADS * BLOCK_SIZE) == 0
     return TailorKVSpec(**fields, state_content_bytes=page // (HEADS * BLOCK_SIZE))
@@ -250,6 +248,13 @@ def test_layer_of_another_kind() -> None:
         impl.bind(LAYER, torch.zeros(2, 2, 2, 2))
 
 
+def config_with(dense: tuple[int, ...], **options: Any) -> Any:
+    """What of vLLM's configuration says the plan of a model of eight layers."""
+    model = ModelShape("test", "LlamaForCausalLM", 8, 3, 256)
+    plan = make_plan({"profile": {"dense_layers": dense}, **options}, model)
+    return SimpleNamespace(additional_config={"tailorkv_plan": plan.as_json()})
+
+
 @pytest.mark.parametrize(
     ("dense", "index", "kind"),
     [
@@ -258,46 +263,30 @@ def test_layer_of_another_kind() -> None:
         ((0,), "onebit", DerivedKind.ONEBIT),
     ],
 )
-def test_spec_of_a_layer(
-    monkeypatch: pytest.MonkeyPatch, dense: tuple[int, ...], index: str, kind: DerivedKind
-) -> None:
+def test_spec_of_a_layer(dense: tuple[int, ...], index: str, kind: DerivedKind) -> None:
     """The layer's kind follows from the plan; vLLM's page has exactly our bytes."""
-    config: Any = SimpleNamespace()
     cases = product((64, 80, 96, 128, 256), (32, 64, 128), (1, 2, 4), (False, True))
     name = "index_group_size" if kind is DerivedKind.ONEBIT else "group_size"
     for head_size, group_size, bits, split in cases:
-        settings = Settings(
-            load_config({"index": index, name: group_size, "bits": bits}),
-            LayerPlan(dense, 8, "test"),
-            split,
-        )
-        monkeypatch.setattr(spec_module, "load_settings", lambda _, found=settings: found)
+        options = {"index": index, name: group_size, "bits": bits}
+        config = config_with(dense, **options, placement="split" if split else "joint")
         given = FullAttentionSpec(
             block_size=128, num_kv_heads=3, head_size=head_size, dtype=torch.float32
         )
         spec = layer_spec(given, LAYER, config)
-        assert (spec.kind, spec.group_size, spec.bits, spec.split) == (
-            kind,
-            group_size,
-            bits,
-            split,
-        )
         layout = spec.layout
+        assert (layout.kind, layout.group_size, layout.bits) == (kind, group_size, bits)
+        assert spec.split == split
         assert spec.page_size_bytes == layout.derived_bytes + (0 if split else layout.host_bytes)
         assert spec.state_content_size_bytes % torch.float32.itemsize == 0
 
 
 @pytest.mark.parametrize(("block_size", "group_size"), [(64, 64), (128, 128), (192, 64), (32, 32)])
-def test_groups_of_the_index_fit_the_block(
-    monkeypatch: pytest.MonkeyPatch, block_size: int, group_size: int
-) -> None:
-    config: Any = SimpleNamespace()
-    settings = Settings(load_config({}), LayerPlan((), 8, "test"), False)
-    monkeypatch.setattr(spec_module, "load_settings", lambda _: settings)
+def test_groups_of_the_index_fit_the_block(block_size: int, group_size: int) -> None:
     given = FullAttentionSpec(
         block_size=block_size, num_kv_heads=3, head_size=64, dtype=torch.bfloat16
     )
-    assert layer_spec(given, LAYER, config).group_size == group_size
+    assert layer_spec(given, LAYER, config_with(())).layout.group_size == group_size
 
 
 def test_spec_of_unlike_heads() -> None:
@@ -316,3 +305,11 @@ def test_specs_of_one_group_are_equal() -> None:
     assert merged is not dense
     with pytest.raises(AssertionError):  # what vLLM takes as "not uniform"
         TailorKVSpec.merge([dense, other])
+
+
+def test_a_copy_with_other_blocks_has_their_layout() -> None:
+    """vLLM makes such copies to compute page sizes."""
+    spec = make_spec(DerivedKind.DENSE, False)
+    half = spec.copy_with_new_block_size(BLOCK_SIZE // 2)
+    assert half.layout.block_size == BLOCK_SIZE // 2
+    assert half.layout.groups_per_block == spec.layout.groups_per_block // 2

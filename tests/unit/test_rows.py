@@ -1,16 +1,18 @@
 """The rows of a batch against loops over its requests and tokens."""
 
 import random
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vllm_tailorkv.attention.metadata import TailorKVMetadataBuilder
-from vllm_tailorkv.attention.rows import completed_groups, decode_mask, token_indices
+from vllm_tailorkv.attention.rows import (
+    completed_groups,
+    decode_mask,
+    tail_starts,
+    token_indices,
+)
 from vllm_tailorkv.config import TailorKVConfig
 from vllm_tailorkv.layout import DerivedKind
 
@@ -111,11 +113,8 @@ def test_boundary_of_the_exact_tail(
         full_attention_below=0,
     )
     assume(length > config.exact_below)  # else it is attended in full
-    builder: Any = SimpleNamespace(
-        spec=SimpleNamespace(kind=kind, group_size=group_size), config=config
-    )
     lengths = torch.tensor([length], dtype=torch.int32)
-    boundary = TailorKVMetadataBuilder._boundary(builder, lengths)
+    boundary = tail_starts(lengths, kind, group_size, config)
     assert boundary.dtype == torch.int32
     start = int(boundary)
     complete = length // group_size * group_size

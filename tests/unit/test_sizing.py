@@ -115,6 +115,15 @@ def test_host_pool_beyond_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         allocate_host_pool(BLOCKS, LAYOUTS[0])
 
 
+def test_other_errors_of_the_host_pool_are_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        raise RuntimeError("of another kind")
+
+    monkeypatch.setattr(torch, "empty", broken)
+    with pytest.raises(RuntimeError, match="of another kind"):
+        allocate_host_pool(BLOCKS, LAYOUTS[0])
+
+
 def spec_of(layout: PageLayout, *, split: bool) -> TailorKVSpec:
     page = layout.derived_bytes + (0 if split else layout.host_bytes)
     return TailorKVSpec(
@@ -122,10 +131,7 @@ def spec_of(layout: PageLayout, *, split: bool) -> TailorKVSpec:
         num_kv_heads=layout.num_kv_heads,
         head_size=layout.head_size,
         dtype=torch.bfloat16,
-        kind=layout.kind,
-        group_size=layout.group_size,
-        bits=layout.bits,
-        key_rows=layout.key_rows,
+        layout=layout,
         split=split,
         state_content_bytes=page // (layout.num_kv_heads * layout.block_size),
     )
@@ -140,8 +146,7 @@ def test_specs_of_a_worker(split: bool) -> None:
     }
     window = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=80, dtype=torch.bfloat16)
     specs["model.layers.3.self_attn.attn"] = window
-    config: Any = None
-    sizing = cache_sizing(config, specs)
+    sizing = cache_sizing(specs)
     assert sizing == size_cache(LAYOUTS, window.page_size_bytes, split=split)
     assert sizing is not None
     assert sizing.pool_bytes == sum(spec.page_size_bytes for spec in specs.values())
@@ -149,9 +154,8 @@ def test_specs_of_a_worker(split: bool) -> None:
 
 def test_worker_without_our_layers() -> None:
     window = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=80, dtype=torch.bfloat16)
-    config: Any = None
-    assert cache_sizing(config, {"model.layers.3.self_attn.attn": window}) is None
-    assert cache_sizing(config, {}) is None
+    assert cache_sizing({"model.layers.3.self_attn.attn": window}) is None
+    assert cache_sizing({}) is None
 
 
 @pytest.mark.parametrize("host_pool", [None, 5000])
@@ -188,10 +192,10 @@ def test_memory_with_a_host_pool(available: int, pool: int, host: int, derived: 
 
 def test_description() -> None:
     sizing = sizing_of(full_bytes=GIB, host_bytes=GIB, derived_bytes=GIB // 8)
-    assert sizing.describe(9) == [
+    assert sizing.describe(9, 4096) == [
         "host tier: 8,388,608 bytes a token in vLLM's pages, 9.00 GiB in all",
         "derived tier: 1,048,576 bytes a token (12.5% of K and V), 1.12 GiB in all",
-        "9 blocks of 128 tokens: 1,024 tokens, which is also the longest context",
+        "9 blocks of 128 tokens: 1,024 tokens; one request may have 1,024",
     ]
 
 
@@ -203,10 +207,10 @@ def test_description_of_split_pages_and_other_layers() -> None:
         other_bytes=1280 * 128,
         split=True,
     )
-    assert sizing.describe(1001) == [
+    assert sizing.describe(1001, 4096) == [
         "host tier: 1,250 bytes a token in a pool of our own, 250 of them K once more (key_rows), "
         "0.15 GiB in all",
         "derived tier: 100 bytes a token (10.0% of K and V), 0.01 GiB in all",
         "other layers: 1,280 bytes a token",
-        "1,001 blocks of 128 tokens: 128,000 tokens, which is also the longest context",
+        "1,001 blocks of 128 tokens: 128,000 tokens; one request may have 4,096",
     ]

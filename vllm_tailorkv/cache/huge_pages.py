@@ -60,10 +60,18 @@ def advise_huge_pages(tensor: torch.Tensor) -> str | None:
     return _advise(begin, length)
 
 
+def _mode() -> str:
+    """What the system says of huge pages; nothing where it cannot be read."""
+    try:
+        return _MODE_FILE.read_text()
+    except OSError:
+        return ""
+
+
 def _advise(begin: int, length: int) -> str | None:
     """The same for whole huge pages: an address and bytes."""
     # The kernel accepts advice that it will not follow.
-    if _MODE_FILE.is_file() and "[never]" in _MODE_FILE.read_text():
+    if "[never]" in _mode():
         return f"{_MODE_FILE} says never"
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -53,7 +53,7 @@ class CacheSizing:
             return available * self.pool_bytes // (self.pool_bytes + self.host_bytes)
         return min(available, host_pool // self.host_bytes * self.pool_bytes)
 
-    def describe(self, num_blocks: int) -> list[str]:
+    def describe(self, num_blocks: int, max_model_len: int) -> list[str]:
         """Lines for the start-up log. One block is vLLM's null block and holds no tokens."""
         block, tokens = self.block_size, (num_blocks - 1) * self.block_size
         full, host = self.full_bytes // block, self.host_bytes // block
@@ -69,8 +69,8 @@ class CacheSizing:
         if self.other_bytes:
             lines.append(f"other layers: {self.other_bytes // block:,} bytes a token")
         lines.append(
-            f"{num_blocks:,} blocks of {block} tokens: {tokens:,} tokens, which is also the "
-            "longest context"
+            f"{num_blocks:,} blocks of {block} tokens: {tokens:,} tokens; one request may have "
+            f"{min(tokens, max_model_len):,}"
         )
         return lines
 

@@ -16,7 +16,9 @@ from types import TracebackType
 from typing import Self
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+from pydantic import BaseModel, ValidationError, field_validator
 
 MODEL_NAME = "demo"
 HOST = "127.0.0.1"
@@ -32,7 +34,8 @@ _LOG_PREFIX = re.compile(r"^(\([^)]*\) *)?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] *)?")
 _ERROR_LINE = re.compile(r"^(?P<type>[\w.]*(Error|Exception))\b|^[\w -]+: error:")
 # What vLLM says last whenever an engine does not come up; the cause stands before it.
 _CONSEQUENCES = ("Engine core initialization failed", "WorkerProc initialization failed")
-_PLAN_MARK = "TailorKV plan: "
+_PLAN = "tailorkv_plan_info"
+_USAGE = "vllm:kv_cache_usage_perc"
 
 
 class ServerError(RuntimeError):
@@ -45,10 +48,10 @@ class ServerError(RuntimeError):
 
 
 class TailorKVPlan(BaseModel):
-    """What a server with the backend `tailorkv` says of itself in its log.
+    """What a server with the backend `tailorkv` tells of itself under `/metrics`.
 
-    `*_bytes_per_token` count every layer and KV head; `num_tokens` is what the cache holds;
-    `budget_tokens` is what a sparse layer reads in full precision in a decode step.
+    `*_bytes_per_token` count every layer and KV head; `num_blocks` and `block_size` are the
+    cache's; `budget_tokens` is what a sparse layer reads in full precision in a decode step.
     """
 
     dense_layers: list[int]
@@ -61,11 +64,20 @@ class TailorKVPlan(BaseModel):
     full_bytes_per_token: float
     num_blocks: int
     block_size: int
-    num_tokens: int
     budget_tokens: int
     bits: int
     index: str
     critical_channels: int
+
+    @field_validator("dense_layers", "sparse_layers", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return list(filter(None, value.split(","))) if isinstance(value, str) else value
+
+    @property
+    def num_tokens(self) -> int:
+        """What the cache holds. One block is vLLM's null block and holds no tokens."""
+        return (self.num_blocks - 1) * self.block_size
 
 
 @dataclass(frozen=True)
@@ -197,20 +209,36 @@ class VllmServer:
 
     def cached_tokens(self) -> int | None:
         """Tokens in the KV cache, requests in progress only; None if the server does not say."""
-        try:
-            metrics = httpx.get(f"{self.url}/metrics", timeout=2.0).text
-        except httpx.TransportError:
-            return None
-        usage = re.search(r"^vllm:kv_cache_usage_perc\S* (\S+)$", metrics, re.MULTILINE)
-        info = re.search(r"^vllm:cache_config_info\{(.*)\}", metrics, re.MULTILINE)
-        sizes = dict(re.findall(r'(\w+)="(\d+)"', info[1])) if info else {}
+        sizes, usage = self._labels("vllm:cache_config_info"), self._value(_USAGE)
         if usage is None or not {"num_gpu_blocks", "block_size"} <= sizes.keys():
             return None
-        return round(float(usage[1]) * int(sizes["num_gpu_blocks"]) * int(sizes["block_size"]))
+        return round(usage * int(sizes["num_gpu_blocks"]) * int(sizes["block_size"]))
 
     def plan(self) -> TailorKVPlan | None:
-        """What the backend `tailorkv` said of its plan, or None if it said nothing readable."""
-        return read_plan(self._log_text())
+        """What the backend `tailorkv` serves by, or None if the server has another backend."""
+        labels, cache = self._labels(_PLAN), self._labels("vllm:cache_config_info")
+        sizes = {"num_blocks": cache.get("num_gpu_blocks"), "block_size": cache.get("block_size")}
+        try:
+            return TailorKVPlan.model_validate({**labels, **sizes})
+        except ValidationError:
+            return None
+
+    def _metric(self, name: str) -> Sample | None:
+        """The first sample of a metric, or None if the server does not tell it."""
+        try:
+            text = httpx.get(f"{self.url}/metrics", timeout=2.0).text
+        except httpx.TransportError:
+            return None
+        samples = (s for family in text_string_to_metric_families(text) for s in family.samples)
+        return next((sample for sample in samples if sample.name == name), None)
+
+    def _labels(self, name: str) -> dict[str, str]:
+        sample = self._metric(name)
+        return {} if sample is None else sample.labels
+
+    def _value(self, name: str) -> float | None:
+        sample = self._metric(name)
+        return None if sample is None else sample.value
 
     def error(self, message: str) -> ServerError:
         """An error to raise, with what the log says of its cause."""
@@ -228,18 +256,6 @@ class VllmServer:
     def _log_lines(self) -> list[str]:
         lines = (_LOG_PREFIX.sub("", line).strip() for line in self._log_text().splitlines())
         return [line for line in lines if line and not line.startswith("nanobind:")]
-
-
-def read_plan(log: str) -> TailorKVPlan | None:
-    """The newest plan line of a server's log, whatever prefixes it has."""
-    for line in reversed(log.splitlines()):
-        _, mark, text = line.partition(_PLAN_MARK)
-        if mark:
-            try:
-                return TailorKVPlan.model_validate(json.loads(text))
-            except (json.JSONDecodeError, ValidationError):
-                return None
-    return None
 
 
 def _command(options: ServerOptions, port: int) -> list[str]:

@@ -18,22 +18,25 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.utils.torch_utils import get_dtype_size
 
 from vllm_tailorkv import envs
+from vllm_tailorkv.attention.carried import SECTION, model_shape
 from vllm_tailorkv.attention.recorder import EXTENSION_PATH, ProgressFile
-from vllm_tailorkv.attention.settings import SECTION, model_shape
-from vllm_tailorkv.config import TailorKVConfig
+from vllm_tailorkv.config import TailorKVConfig, load_config
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.identify.prompt import Encode, TokenPrompt
-from vllm_tailorkv.layout import DerivedKind, PageLayout
+from vllm_tailorkv.layout import DerivedKind
+from vllm_tailorkv.plan import page_layout
 from vllm_tailorkv.profile import SCHEMA_VERSION, Identification, LayerScore, Profile
 
 _CPU_BLOCK_SIZE = 128
 _POLL_SECONDS = 0.2
 
+# Inline, so that no profile beside the model is read. Prompts are exact whatever the plan, and
+# sparse layers have the smallest pages.
+_OPTIONS: dict[str, Any] = {"profile": {"dense_layers": []}, "index": "channels"}
+
 OURS: dict[str, Any] = {
     "attention_backend": "tailorkv",
-    # Inline, so that no profile beside the model is read. Prompts are exact whatever the plan,
-    # and sparse layers have the smallest pages.
-    "additional_config": {SECTION: {"profile": {"dense_layers": []}, "index": "channels"}},
+    "additional_config": {SECTION: _OPTIONS},
     "worker_extension_cls": EXTENSION_PATH,
     # Tokens found in a cache would bring no queries.
     "enable_prefix_caching": False,
@@ -120,15 +123,13 @@ def encoder(model_config: ModelConfig) -> Encode:
 def _cache_bytes(model_config: ModelConfig, arguments: Mapping[str, Any], length: int) -> int:
     """What one worker needs to hold `length` tokens of every layer, and vLLM's null block."""
     ranks = arguments.get("tensor_parallel_size", 1)
-    layout = PageLayout(
-        kind=DerivedKind.CHANNELS,
+    layout = page_layout(
+        load_config(_OPTIONS),
+        DerivedKind.CHANNELS,
         num_kv_heads=max(1, model_config.get_total_num_kv_heads() // ranks),
         head_size=model_config.get_head_size(),
         block_size=arguments.get("block_size") or _CPU_BLOCK_SIZE,
-        group_size=TailorKVConfig().group_size,
-        bits=1,
         kv_itemsize=get_dtype_size(model_config.dtype),
-        key_rows=TailorKVConfig().key_rows,
     )
     blocks = ceil(length / layout.block_size) + 2
     page = layout.host_bytes + layout.derived_bytes

@@ -1,0 +1,45 @@
+// Every op of the torch library `vllm_tailorkv`, once for all devices. Contracts stand in
+// `kernels/ops.py` and `kernels/cuda.py`; a list of tensors is what `kernels/types.py` flattens to.
+#pragma once
+
+namespace tailorkv {
+
+inline constexpr const char* kSchemas[] = {
+    "write_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+    "Tensor slot_mapping, Tensor(c!)? key_rows=None) -> ()",
+    "quantize_groups(Tensor groups, Tensor key_cache, Tensor value_cache, Tensor(a!)[] derived, "
+    "bool fit=True) -> ()",
+    "quantized_decode_attention(Tensor(a!) output, Tensor query, Tensor key_cache, "
+    "Tensor value_cache, Tensor[] codes, Tensor block_table, Tensor seq_lens, "
+    "Tensor num_quantized, float scale, float softcap) -> ()",
+    "log_mass(Tensor(a!) mass, Tensor query, Tensor key_cache, Tensor block_table, "
+    "Tensor seq_lens, Tensor tail_start, int sink_tokens, float scale, float softcap) -> ()",
+    "score_tokens(Tensor(a!) scores, Tensor query, Tensor[] index, Tensor key_cache, "
+    "Tensor block_table, Tensor tail_start, Tensor offset, int sink_tokens, "
+    "int critical_channels) -> ()",
+    "select_topk(Tensor(a!) indices, Tensor scores, Tensor tail_start, int sink_tokens) -> ()",
+    "propose_topk(Tensor(a!) indices, Tensor query, Tensor[] index, Tensor key_cache, "
+    "Tensor block_table, Tensor tail_start, Tensor offset, int sink_tokens, "
+    "int critical_channels, int max_tail_start) -> ()",
+    "refine_topk(Tensor(a!) indices, Tensor candidates, Tensor query, Tensor key_cache, "
+    "Tensor block_table, Tensor mass, int channels, float scale, float softcap) -> ()",
+    "retrieve_topk(Tensor(a!) indices, Tensor query, Tensor[] index, Tensor key_cache, "
+    "Tensor gathered_key, Tensor block_table, Tensor seq_lens, Tensor tail_start, "
+    "int sink_tokens, int critical_channels, int candidates, int channels, bool every_head, "
+    "float scale, float softcap, int max_tail_start) -> ()",
+    "sparse_decode_attention(Tensor(a!) output, Tensor query, Tensor key_cache, "
+    "Tensor value_cache, Tensor indices, Tensor block_table, Tensor seq_lens, "
+    "Tensor tail_start, int sink_tokens, float scale, float softcap) -> ()",
+    "dense_preference(Tensor query, Tensor key, float alpha, float scale, float softcap) "
+    "-> Tensor",
+    "gather_rows(Tensor(a!) key_rows, Tensor(b!) value_rows, Tensor key_cache, "
+    "Tensor value_cache, Tensor indices, Tensor block_table) -> ()",
+    "pack_codes(Tensor(a!) packed, Tensor codes, int bits) -> ()",
+    "unpack_codes(Tensor(a!) codes, Tensor packed, int bits) -> ()",
+    "reduce_channels(Tensor groups, Tensor key_cache, Tensor(a!) extremes) -> ()",
+    "isa() -> str",
+    "set_isa(str name) -> ()",
+    "cuda_archs() -> str",
+};
+
+}  // namespace tailorkv

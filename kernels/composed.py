@@ -1,0 +1,104 @@
+"""Ops that are made of other ops, for implementations that do not do them in one."""
+
+import torch
+
+from vllm_tailorkv.kernels import ops
+from vllm_tailorkv.kernels.types import TokenIndex
+
+
+def unavailable() -> str | None:
+    """None: it runs wherever the ops do that it is made of."""
+    return None
+
+
+def propose_topk(
+    indices: torch.Tensor,
+    query: torch.Tensor,
+    index: TokenIndex,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    tail_start: torch.Tensor,
+    offset: torch.Tensor,
+    sink_tokens: int,
+    critical_channels: int,
+    max_tail_start: int,
+) -> None:
+    """See `ops.propose_topk`."""
+    scores = torch.empty(*query.shape[:2], max_tail_start, dtype=torch.float32, device=query.device)
+    ops.score_tokens(
+        scores,
+        query,
+        index,
+        key_cache,
+        block_table,
+        tail_start,
+        offset=offset,
+        sink_tokens=sink_tokens,
+        critical_channels=critical_channels,
+    )
+    ops.select_topk(indices, scores, tail_start, sink_tokens=sink_tokens)
+
+
+def retrieve_topk(
+    indices: torch.Tensor,
+    query: torch.Tensor,
+    index: TokenIndex,
+    key_cache: torch.Tensor,
+    gathered_key: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tail_start: torch.Tensor,
+    sink_tokens: int,
+    critical_channels: int,
+    candidates: int,
+    channels: int,
+    every_head: bool,
+    scale: float,
+    softcap: float,
+    max_tail_start: int,
+) -> None:
+    """See `ops.retrieve_topk`."""
+    rows, heads = query.shape[0], key_cache.shape[1]
+    grouped = query.float().unflatten(1, (heads, -1))
+    alone, reranked = grouped.shape[2] == 1, candidates > indices.shape[2]
+    by_head = every_head and not alone
+    mass = query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
+    if not alone and (by_head or reranked):
+        ops.log_mass(
+            mass,
+            query,
+            gathered_key,
+            block_table,
+            seq_lens,
+            tail_start,
+            sink_tokens=sink_tokens,
+            scale=scale,
+            softcap=softcap,
+        )
+    queries = grouped * scale if by_head else grouped.mean(2, keepdim=True)
+    offset = -mass.view(grouped.shape[:3]) if by_head else queries.new_zeros(rows, heads, 1)
+    found = indices.new_empty(rows, heads, candidates) if reranked else indices
+    ops.propose_topk(
+        found,
+        queries,
+        index,
+        key_cache,
+        block_table,
+        tail_start,
+        offset=offset,
+        sink_tokens=sink_tokens,
+        critical_channels=critical_channels,
+        max_tail_start=max_tail_start,
+    )
+    if reranked:
+        ops.refine_topk(
+            indices,
+            found,
+            query,
+            gathered_key,
+            block_table,
+            mass,
+            channels=channels,
+            scale=scale,
+            softcap=softcap,
+        )

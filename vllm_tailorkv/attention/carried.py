@@ -1,0 +1,97 @@
+"""The plan inside vLLM's configuration: put there by the first process, read by the others."""
+
+from difflib import get_close_matches
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from vllm_tailorkv.attention.name import NAME
+from vllm_tailorkv.config import TailorKVConfig
+from vllm_tailorkv.errors import TailorKVError
+from vllm_tailorkv.plan import Plan, make_plan
+from vllm_tailorkv.profile import ModelShape
+
+SECTION = "tailorkv"
+"""The key of our options in `--additional-config`."""
+
+_CARRIED = "tailorkv_plan"
+_EXAMPLE = """--additional-config '{"tailorkv": {"topk_tokens": 256}}'"""
+
+
+def is_selected(vllm_config: VllmConfig) -> bool:
+    """Whether our backend was asked for, for all layers or for some kind of them."""
+    attention = vllm_config.attention_config
+    asked = [attention.backend, *attention.backend_per_kind.values()]
+    return any(backend is not None and backend.name == NAME for backend in asked)
+
+
+def model_shape(vllm_config: VllmConfig) -> ModelShape:
+    """The model's shape, before tensor and pipeline parallelism."""
+    model = vllm_config.model_config
+    return ModelShape(
+        name=model.model,
+        architecture=(model.hf_config.architectures or ["unknown"])[0],
+        num_layers=model.get_total_num_hidden_layers(),
+        num_kv_heads=model.get_total_num_kv_heads(),
+        head_size=model.get_head_size(),
+        num_heads=model.model_arch_config.total_num_attention_heads,
+    )
+
+
+def options_of(vllm_config: VllmConfig) -> Any:
+    """Our section of `--additional-config`, or None.
+
+    Raises:
+        TailorKVError: options of ours stand elsewhere in it, where nothing would read them.
+    """
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict):
+        return None
+    for key, value in additional.items():
+        if key in (SECTION, _CARRIED):
+            continue
+        if key in TailorKVConfig.model_fields:
+            raise TailorKVError(
+                f"--additional-config has {key!r} beside {SECTION!r}, where it is not read; put it "
+                f"inside, as in {_EXAMPLE}"
+            )
+        letters = "".join(filter(str.isalnum, str(key).lower()))
+        if letters.startswith(SECTION) or get_close_matches(letters, [SECTION], cutoff=0.8):
+            raise TailorKVError(
+                f"--additional-config has {key!r}={value!r}, which is not read; the key is "
+                f"{SECTION!r}, as in {_EXAMPLE}"
+            )
+    return additional.get(SECTION)
+
+
+def carry_plan(vllm_config: VllmConfig) -> Plan:
+    """Make the plan and put it into the configuration; one that is there already stays.
+
+    Raises:
+        TailorKVError: naming the option at fault and the remedy.
+    """
+    additional, shape = vllm_config.additional_config, model_shape(vllm_config)
+    if isinstance(additional, dict) and _CARRIED in additional:
+        plan = Plan.from_json(additional[_CARRIED])
+        if plan.model == shape:
+            return plan
+    plan = make_plan(options_of(vllm_config), shape)
+    # A new dict: the user may give the old one to another engine.
+    given = additional if isinstance(additional, dict) else {}
+    vllm_config.additional_config = {**given, _CARRIED: plan.as_json()}
+    return plan
+
+
+def plan_of(vllm_config: VllmConfig) -> Plan:
+    """The plan that the first process has made.
+
+    Raises:
+        TailorKVError: there is none.
+    """
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict) or _CARRIED not in additional:
+        raise TailorKVError(
+            "--attention-backend tailorkv: vLLM's configuration was not checked before the engine "
+            "started; select the backend by that option, or attention_backend in Python"
+        )
+    return Plan.from_json(additional[_CARRIED])

@@ -1,0 +1,107 @@
+"""What the budgets refuse."""
+
+from vllm.config import VllmConfig
+
+from vllm_tailorkv.attention.budget import available_memory, blocks_of_one_request, pool_bytes
+from vllm_tailorkv.attention.carried import is_selected
+from vllm_tailorkv.cache.sizing import GIB, CacheSizing
+from vllm_tailorkv.errors import TailorKVError
+from vllm_tailorkv.plan import Plan
+
+
+def require_room(
+    vllm_config: VllmConfig, name: str, block_size: int, budget: int, block_bytes: int
+) -> None:
+    """Refuse a budget that cannot hold one request of the model's length.
+
+    Args:
+        name: the option that sets the budget, with its value.
+        budget: bytes.
+        block_bytes: bytes of it that a block takes.
+
+    Raises:
+        TailorKVError: it cannot.
+    """
+    if vllm_config.model_config.original_max_model_len == -1:
+        # vLLM then fits the length to the cache.
+        return
+    needed = blocks_of_one_request(vllm_config, block_size)
+    if budget // block_bytes >= needed:
+        return
+    fits = max(0, budget // block_bytes - 1) * block_size
+    raise TailorKVError(
+        f"{name} holds {fits:,} tokens, but one request may have "
+        f"{vllm_config.model_config.max_model_len:,}; give at least "
+        f"{needed * block_bytes / GIB:.3f} GiB, or lower --max-model-len to {fits:,}"
+    )
+
+
+def require_pool_room(vllm_config: VllmConfig, plan: Plan, sizing: CacheSizing) -> None:
+    """Refuse a host pool that cannot hold one request of the model's length.
+
+    Raises:
+        TailorKVError: it cannot.
+    """
+    pool = pool_bytes(plan)
+    if pool is not None:
+        name = f"host_pool_gib={plan.config.host_pool_gib:g}"
+        require_room(vllm_config, name, sizing.block_size, pool, sizing.host_bytes)
+
+
+def check_budgets(vllm_config: VllmConfig, plan: Plan, sizing: CacheSizing | None) -> None:
+    """Check what is known of the budgets before the engine starts: those given as numbers.
+
+    Args:
+        sizing: of every worker, if that is known.
+
+    Raises:
+        TailorKVError: one of them cannot hold one request of the model's length, or is not there.
+    """
+    pool, parallel = pool_bytes(plan), vllm_config.parallel_config
+    if pool is not None:
+        workers = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
+        available = available_memory()
+        if pool * workers > available:
+            # Untouched pages cost nothing, so the system would end us later, while serving.
+            each = f", for each of {workers} workers here," if workers > 1 else ""
+            raise TailorKVError(
+                f"host_pool_gib={plan.config.host_pool_gib:g}{each} is more than the "
+                f"{available / GIB:.1f} GiB of memory available; lower it"
+            )
+    if sizing is None:
+        return
+    require_pool_room(vllm_config, plan, sizing)
+    memory = vllm_config.cache_config.kv_cache_memory_bytes
+    if memory is not None and vllm_config.cache_config.num_gpu_blocks_override is None:
+        shared = sizing.split and pool is None
+        block_bytes = sizing.pool_bytes + (sizing.host_bytes if shared else 0)
+        name = f"--kv-cache-memory-bytes (or VLLM_CPU_KVCACHE_SPACE) of {memory / GIB:.3f} GiB"
+        require_room(vllm_config, name, sizing.block_size, memory, block_bytes)
+
+
+def require_a_layer(vllm_config: VllmConfig) -> None:
+    """Refuse a model none of whose layers is ours, if our backend was asked for.
+
+    Raises:
+        TailorKVError: all its layers have a sliding window.
+    """
+    if is_selected(vllm_config):
+        raise TailorKVError(
+            f"--attention-backend tailorkv: {vllm_config.model_config.model} has no layer with "
+            "full attention (sliding windows are left to vLLM); leave --attention-backend out"
+        )
+
+
+def require_pool_blocks(plan: Plan, sizing: CacheSizing, num_blocks: int) -> None:
+    """Refuse more blocks than the host pool holds.
+
+    Raises:
+        TailorKVError: `--num-gpu-blocks-override` asks for more.
+    """
+    pool = pool_bytes(plan)
+    if pool is not None and num_blocks * sizing.host_bytes > pool:
+        raise TailorKVError(
+            f"--num-gpu-blocks-override {num_blocks} needs "
+            f"{num_blocks * sizing.host_bytes / GIB:.3f} GiB of host pool, host_pool_gib is "
+            f"{plan.config.host_pool_gib:g}; raise it, or lower the override"
+        )

@@ -1,0 +1,99 @@
+"""What the user is told of the plan: lines of the start-up log, and a metric that programs read."""
+
+from functools import cache
+
+from prometheus_client import Gauge
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from vllm_tailorkv.attention.name import LOGGER
+from vllm_tailorkv.cache.sizing import CacheSizing
+from vllm_tailorkv.plan import Plan
+
+logger = init_logger(LOGGER)
+
+METRIC = "tailorkv_plan_info"
+"""A metric of value 1 whose labels are the plan; under `/metrics` of a server."""
+
+_LABELS = (
+    "dense_layers",
+    "sparse_layers",
+    "plan_source",
+    "placement",
+    "index",
+    "bits",
+    "critical_channels",
+    "budget_tokens",
+    "exact_below",
+    "num_kv_heads",
+    "head_size",
+    "full_bytes_per_token",
+    "host_bytes_per_token",
+    "derived_bytes_per_token",
+)
+
+
+@cache
+def _gauge() -> Gauge:
+    # A name without `vllm`: vLLM unregisters all that have it when an engine starts.
+    return Gauge(METRIC, "The plan of TailorKV.", _LABELS, multiprocess_mode="mostrecent")
+
+
+def _listed(layers: tuple[int, ...]) -> str:
+    """Indices, runs of them as `first-last`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs) or "none"
+
+
+def tell_plan(plan: Plan, sizing: CacheSizing | None) -> None:
+    """Log the plan and set the metric.
+
+    Args:
+        sizing: of every worker, if that is known: bytes of a token in all its layers.
+    """
+    config, layers = plan.config, plan.layers
+    logger.info_once(
+        "TailorKV: dense layers (quantized to %d bit): %s; sparse layers: %s; from %s.",
+        config.bits,
+        _listed(layers.dense),
+        _listed(layers.sparse),
+        layers.source,
+    )
+    logger.info_once(
+        "TailorKV: contexts up to %s tokens are attended in full; beyond, a sparse layer reads %s "
+        "tokens a step, found by index %s.",
+        f"{config.exact_below:,}",
+        f"{config.budget_tokens:,}",
+        config.index,
+    )
+    tokens = sizing.block_size if sizing else 1
+    values: dict[str, object] = {
+        "dense_layers": ",".join(map(str, layers.dense)),
+        "sparse_layers": ",".join(map(str, layers.sparse)),
+        "plan_source": layers.source,
+        "placement": "split" if plan.split else "joint",
+        "index": config.index,
+        "bits": config.bits,
+        "critical_channels": config.critical_channels,
+        "budget_tokens": config.budget_tokens,
+        "exact_below": config.exact_below,
+        "num_kv_heads": sizing.num_kv_heads if sizing else "",
+        "head_size": plan.model.head_size,
+        "full_bytes_per_token": sizing.full_bytes // tokens if sizing else "",
+        "host_bytes_per_token": sizing.host_bytes // tokens if sizing else "",
+        "derived_bytes_per_token": sizing.derived_bytes // tokens if sizing else "",
+    }
+    gauge = _gauge()
+    gauge.clear()
+    gauge.labels(**values).set(1)
+
+
+def tell_sizes(vllm_config: VllmConfig, sizing: CacheSizing, num_blocks: int) -> None:
+    """Log what the cache holds."""
+    for line in sizing.describe(num_blocks, vllm_config.model_config.max_model_len):
+        logger.info("TailorKV %s.", line)
