@@ -13,7 +13,7 @@ CONFIG ?=
 # Paths of tests to run; default: all, those that start engines in a process of their own
 TESTS ?=
 # Shapes that each op is tried with under sanitizers
-EXAMPLES ?= 60
+EXAMPLES ?= 100
 
 PLATFORM := $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),gpu,cpu)
 BIN := $(VENV)/bin
