@@ -12,6 +12,8 @@ NEEDLES ?= 8
 CONFIG ?=
 # Paths of tests to run; default: all, those that start engines in a process of their own
 TESTS ?=
+# Shapes that each op is tried with under sanitizers
+EXAMPLES ?= 100
 
 PLATFORM := $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),gpu,cpu)
 BIN := $(VENV)/bin
@@ -23,11 +25,12 @@ CPP_SOURCES = $(shell find csrc tests/support -name '*.cpp' -o -name '*.h' -o -n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test sanitize lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: MODEL, TOKENS, NEEDLES and CONFIG (demo), TESTS (test), PYTHON, VENV"
+	@echo "Variables: MODEL, TOKENS, NEEDLES and CONFIG (demo), TESTS (test),"
+	@echo "           EXAMPLES (sanitize), PYTHON, VENV"
 
 install: $(STAMPS)/project ## make the environment and build the project in it
 
@@ -39,6 +42,9 @@ demo: install $(if $(MODEL),$(STAMPS)/models) ## questions on a long text, with 
 test: install $(STAMPS)/dev ## run the tests
 	$(if $(TESTS),,$(BIN)/python -m pytest --ignore=tests/integration tests)
 	$(BIN)/python -m pytest $(or $(TESTS),tests/integration)
+
+sanitize: install $(STAMPS)/dev ## run the C++ ops and the CUDA emulation under sanitizers
+	TAILORKV_EXAMPLES=$(EXAMPLES) $(BIN)/python tests/support/sanitize.py
 
 lint: install $(STAMPS)/dev ## check style, types and C++ formatting
 	$(BIN)/ruff check .

@@ -45,7 +45,7 @@ struct ScoreScratch {
 };
 
 inline ScoreScratch take_score_scratch(int64_t d, int64_t g) {
-  return ScoreScratch{take<float>(padded(d)), take<float>(padded(d)), take<uint8_t>(d * padded(g)),
+  return ScoreScratch{take<float>(padded(d)), take<float>(padded(d)), take<uint8_t>(d * g / 8),
                       take<float>(4 * g),     take<float>(g),         take_product_scratch(d, g)};
 }
 

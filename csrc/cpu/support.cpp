@@ -12,11 +12,27 @@ namespace tailorkv {
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr size_t kFirstChunk = size_t{1} << 20;
 
 struct AlignedDelete {
   void operator()(char* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
 };
+
+#if defined(__SANITIZE_ADDRESS__)
+// Each piece is memory of its own: AddressSanitizer would see no access beside one in a chunk.
+class Scratch {
+ public:
+  void reset() { pieces_.clear(); }
+
+  void* take(size_t bytes) {
+    pieces_.emplace_back(static_cast<char*>(::operator new(bytes, std::align_val_t{kAlignment})));
+    return pieces_.back().get();
+  }
+
+ private:
+  std::vector<std::unique_ptr<char, AlignedDelete>> pieces_;
+};
+#else
+constexpr size_t kFirstChunk = size_t{1} << 20;
 
 // A stack of chunks, so that pieces never move; `reset` replaces them by one that fits them all.
 class Scratch {
@@ -53,6 +69,7 @@ class Scratch {
   size_t used_ = 0;   // of the last chunk
   size_t total_ = 0;  // of all chunks
 };
+#endif
 
 thread_local Scratch scratch;
 

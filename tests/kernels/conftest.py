@@ -190,16 +190,18 @@ def make_context(lengths: list[int], seed: int = 0, **kwargs: object) -> Context
     layout, dtype = cache.layout, cache.host.key.dtype
     order = torch.randperm(num_blocks, generator=generator).tolist()
     # Entries beyond a row's blocks name a block full of NaN.
-    table = torch.full((len(lengths), max(counts) + 1), order.pop(), dtype=torch.int32)
+    width = max(counts, default=0) + 1
+    table = torch.full((len(lengths), width), order.pop(), dtype=torch.int32)
     per_block = layout.groups_per_block
     groups = []
     shape = (layout.num_kv_heads, layout.head_size)
     bias = torch.randn(shape, generator=generator) * 2
     for row, length in enumerate(lengths):
         blocks = [order.pop() for _ in range(counts[row])]
-        table[row, : len(blocks)] = torch.tensor(blocks)
+        numbers = torch.tensor(blocks, dtype=torch.int64)
+        table[row, : len(blocks)] = numbers
         position = torch.arange(length)
-        where = torch.tensor(blocks)[position // block_size]
+        where = numbers[position // block_size]
         key = torch.randn(length, *shape, generator=generator) + bias
         value = torch.randn(length, *shape, generator=generator)
         cache.host.key[where, :, position % block_size] = key.to(dtype)

@@ -4,6 +4,7 @@ import ctypes
 import math
 
 import pytest
+import sanitize
 import torch
 from cuda_device import Device
 from cuda_emulator import (
@@ -328,6 +329,17 @@ def test_emulator_sees_accesses_outside(emulated):
         emulated._run("pack_codes", Codes(1, 3, 4096, data, to))
     # And goes on afterwards.
     assert emulated.pack_codes(codes, 1).eq(0).all()
+
+
+@pytest.mark.skipif(not sanitize.active(), reason="runs under sanitizers: `make sanitize`")
+def test_sanitizers_see_single_bytes(emulated):
+    def read_one_more():
+        codes = torch.zeros(1, 65, dtype=torch.uint8)
+        packed = torch.zeros(1, 9, dtype=torch.uint8)
+        with guarded(codes, at_end=True) as data, guarded(packed, at_end=True) as to:
+            emulated._run("pack_codes", Codes(1, 1, 66, data, to))
+
+    assert "use-after-poison" in sanitize.report_of(read_one_more)
 
 
 @pytest.mark.parametrize("structure", [SelectTopk, GatherRows, Codes, ReduceChannels])

@@ -2,7 +2,8 @@
 
 Same signatures as `vllm_tailorkv.kernels.cuda`. Every tensor is copied to memory of its own
 between two guard pages, at its end or at its start, with its address modulo 16 kept: a kernel
-that reads or writes one vector too far ends in an error.
+that reads or writes one vector too far ends in an error. Under sanitizers (`sanitize.py`) so does
+one byte, around tensors and in what the threads of a block share.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import sanitize
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -102,11 +104,14 @@ def guarded(tensor: torch.Tensor, at_end: bool, is_output: bool = False) -> Iter
         address = first + room - span
         address -= (address - shift) % 16
     ctypes.memmove(address, tensor.data_ptr(), span)
+    sanitize.poison(first, address - first)
+    sanitize.poison(address + span, first + room - address - span)
     try:
         yield address
         if is_output:
             ctypes.memmove(tensor.data_ptr(), address, span)
     finally:
+        sanitize.unpoison(first, room)
         _libc.munmap(start, room + 2 * PAGE)
 
 
@@ -120,7 +125,9 @@ def build(folder: Path) -> ctypes.CDLL:
     source = ROOT / "tests/support/cuda_emulator.cpp"
     command = ["c++", "-std=c++20", "-O1", "-g", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
     command += ["-fPIC", "-shared", f"-I{ROOT}/csrc/cuda", str(source), "-o", str(target)]
-    subprocess.run(command, check=True)
+    if sanitize.active():
+        command += sanitize.COMPILE_FLAGS
+    subprocess.run(command, env=sanitize.without_preload(), check=True)
     library = ctypes.CDLL(str(target))
     for name in ("select_topk", "gather_rows", "pack_codes", "unpack_codes", "reduce_channels"):
         getattr(library, f"emulate_{name}").restype = ctypes.c_char_p
