@@ -1,7 +1,7 @@
 """How a `TailorKVError` that nobody catches ends: with one line, the last that the user reads.
 
 vLLM's processes end one after the other, each with tracebacks of its own. So a process notes the
-error in a file that the first process names, and the first process says it at the very end.
+error in a file that the first process names, and the program says it at the very end.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ def report_in_one_line() -> None:
     previous = sys.excepthook
     if getattr(previous, "_tailorkv", False):
         return
-    is_first = _FILE not in os.environ
-    if is_first:
+    if _FILE not in os.environ:
         os.environ[_FILE] = str(Path(tempfile.gettempdir()) / f"tailorkv-{os.getpid()}.failure")
         _take_note()  # of an earlier process with this number
 
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        noted = _take_note() if is_first else None
+        # vLLM starts its processes by `multiprocessing`, which calls no hook in them.
+        noted = _take_note()
         if isinstance(error, TailorKVError):
             noted = str(error)
         else:

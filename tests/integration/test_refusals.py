@@ -22,7 +22,7 @@ OTHER_MODEL = {
 }
 CONNECTOR = {"kv_connector": "SharedStorageConnector", "kv_role": "kv_both"}
 
-CASES: list[tuple[str, dict[str, Any], dict[str, Any], list[str]]] = [
+CASES: list[tuple[str, dict[str, Any] | None, dict[str, Any], list[str]]] = [
     ("unknown key", {"topk": 3}, {}, ["unknown option 'topk'", "topk_tokens"]),
     ("bad bits", {"bits": 3}, {}, ["bits=3", "1, 2 or 4"]),
     ("dense layer out of range", {"profile": {"dense_layers": [9]}}, {}, ["[9]", "0 to 3"]),
@@ -38,6 +38,14 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], list[str]]] = [
     ),
     ("offloading", {}, {"kv_offloading_size": 1.0}, ["KV offloading", "--kv-offloading-size"]),
     ("another cache dtype", {}, {"kv_cache_dtype": "bfloat16"}, ["bfloat16", "torch.float32"]),
+    ("misplaced option", None, {"additional_config": {"bits": 1}}, ["'bits' beside 'tailorkv'"]),
+    (
+        "our name, nearly",
+        None,
+        {"additional_config": {"tailor_kv": {"bits": 1}}},
+        ["'tailor_kv'", "the key is 'tailorkv'"],
+    ),
+    ("embeddings", {}, {"runner": "pooling"}, ["pooling runner"]),
     ("connector", {}, {"kv_transfer_config": CONNECTOR}, ["KV connectors", "--kv-transfer-config"]),
     (
         "channels",
@@ -70,8 +78,10 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], list[str]]] = [
     "options,arguments,words", [case[1:] for case in CASES], ids=[case[0] for case in CASES]
 )
 def test_bad_input(
-    random_llama: Path, options: dict[str, Any], arguments: dict[str, Any], words: list[str]
+    random_llama: Path, options: dict[str, Any] | None, arguments: dict[str, Any], words: list[str]
 ) -> None:
+    if options is None:
+        arguments = arguments | {"attention_backend": "tailorkv"}
     with pytest.raises(TailorKVError) as caught, engine(random_llama, options, **arguments):
         pass
     message = str(caught.value)
@@ -86,6 +96,38 @@ def test_profile_of_another_model(random_llama: Path, tmp_path: Path) -> None:
     with (
         pytest.raises(TailorKVError, match="num_layers 32, the model has 4"),
         engine(random_llama, {"profile": str(path)}),
+    ):
+        pass
+
+
+def test_profile_beside_another_number_of_layers(tmp_path: Path) -> None:
+    """It was not asked for: the remedy is no option to leave out."""
+    model = save_random_checkpoint(tmp_path / "model", "Llama")
+    (model / "tailorkv.json").write_text(json.dumps(OTHER_MODEL))
+    with (
+        pytest.raises(TailorKVError, match=r"was found by itself.*\"dense_layers\": \[\]"),
+        engine(model, {}, hf_overrides={"num_hidden_layers": 2}),
+    ):
+        pass
+
+
+def test_fp8_cache_of_a_checkpoint(random_llama: Path) -> None:
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    quantization = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
+    overrides = {"quantization_config": {**quantization, "config_groups": {}, "format": "dense"}}
+    for dtype in ("bfloat16", "float16"):
+        with (
+            pytest.raises(TailorKVError, match=rf"kv_cache_scheme.*give --kv-cache-dtype {dtype}$"),
+            engine(random_llama, {}, dtype=dtype, hf_overrides=overrides),
+        ):
+            pass
+
+
+def test_shared_keys_and_values(random_llama: Path) -> None:
+    overrides = {"num_kv_shared_layers": 2}
+    with (
+        pytest.raises(TailorKVError, match="shares K and V across layers"),
+        engine(random_llama, {}, hf_overrides=overrides),
     ):
         pass
 
@@ -131,6 +173,8 @@ def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     """Run `vllm serve` as a user does."""
     command = [str(Path(sys.executable).parent / "vllm"), "serve", *arguments]
     variables = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
+    # Engines in this process leave it behind.
+    variables.pop("VLLM_DIST_IDENT", None)
     return subprocess.run(
         command, env=variables, capture_output=True, text=True, timeout=120, check=False
     )
@@ -144,6 +188,39 @@ def test_one_line_at_the_terminal(random_llama: Path) -> None:
     assert result.returncode == 1
     assert "vllm-tailorkv: error: tailorkv: bits=3: Input should be 1, 2 or 4" in result.stderr
     assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_an_error_of_a_worker_is_the_last_line(tmp_path: Path) -> None:
+    """vLLM's processes end one by one, with tracebacks of their own."""
+    changes = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    model = save_random_checkpoint(tmp_path / "model", "GptOss", **changes)
+    result = run_cli(str(model), "--attention-backend", "tailorkv", "--enforce-eager")
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("vllm-tailorkv: error: --attention-backend tailorkv: attention sinks")
+
+
+def test_variables_of_ours_are_known_to_vllm(random_llama: Path) -> None:
+    """And those of Kubernetes, for a service called vllm-tailorkv."""
+    result = run_cli(
+        *(str(random_llama), "--attention-backend", "tailorkv", "--fail-on-environ-validation"),
+        # Something that is refused after the environment.
+        *("--additional-config", json.dumps({"tailorkv": {"index": "channels"}})),
+        VLLM_TAILORKV_CRITICAL_CHANNELS="65",
+        VLLM_TAILORKV_PORT="tcp://10.0.0.1:8000",
+        VLLM_TAILORKV_SERVICE_HOST="10.0.0.1",
+    )
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("vllm-tailorkv: error: critical_channels=65 is more than the 64")
+
+
+def test_the_variable_of_older_vllms(random_llama: Path) -> None:
+    result = run_cli(str(random_llama), VLLM_ATTENTION_BACKEND="tailorkv")
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert "VLLM_ATTENTION_BACKEND=tailorkv is not read" in last
+    assert "--attention-backend tailorkv" in last
 
 
 def test_missing_extension_at_the_terminal(random_llama: Path, tmp_path: Path) -> None:

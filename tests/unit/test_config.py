@@ -143,6 +143,13 @@ REFUSED: list[tuple[Any, list[str]]] = [
     ({"topk_tokens": 8.5}, ["topk_tokens", "8.5", "integer"]),
     ({"topk_tokens": None}, ["topk_tokens", "integer"]),
     ({"critical_channels": 0}, ["critical_channels", "greater than or equal to 1"]),
+    ({"residual_tokens": 4294967295}, ["residual_tokens", "less than or equal to 16777216"]),
+    ({"topk_tokens": 1 << 25}, ["topk_tokens", "less than or equal to"]),
+    ({"sink_tokens": 1 << 62}, ["sink_tokens", "less than or equal to"]),
+    ({"recent_tokens": 1 << 31}, ["recent_tokens", "less than or equal to"]),
+    ({"full_attention_below": 1 << 31}, ["full_attention_below", "less than or equal to"]),
+    ({"rerank_factor": 1000000}, ["rerank_factor", "less than or equal to 64"]),
+    ({"index": "channels", "critical_channels": 4096}, ["critical_channels", "1024"]),
     ({"full_attention_below": -5}, ["full_attention_below", "greater than or equal to 0"]),
     ({"host_pool_gib": 4}, ["host_pool_gib", 'placement="split"', '"auto"']),
     (
@@ -174,7 +181,10 @@ def test_refused(options: Any, words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "profile",
-    [3, [0, 1], {"dens_layers": [0]}, {"dense_layers": "ab"}, {"dense_layers": [0], "layers": 2}],
+    [
+        *(3, [0, 1], {"dens_layers": [0]}, {"dense_layers": "ab"}),
+        *({"dense_layers": [0], "layers": 2}, {"dense_layers": [True]}, {"dense_layers": ["1"]}),
+    ],
     ids=str,
 )
 def test_profile_of_a_wrong_type_names_both_forms(profile: Any) -> None:
@@ -228,6 +238,29 @@ def test_environment_is_validated_too(monkeypatch: pytest.MonkeyPatch, text: str
 def test_environment_typing_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_TAILORKV_BIT", "1")
     with pytest.raises(TailorKVError, match=r"unknown .*VLLM_TAILORKV_BIT; .*VLLM_TAILORKV_BITS"):
+        load_config(None)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("PORT", "SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT_8000_TCP"),
+        *("PORT_8000_TCP_ADDR", "PORT_8000_TCP_PORT", "PORT_8000_TCP_PROTO", "PORT_53_UDP"),
+        *("ROUTER_PORT", "ROUTER_SERVICE_HOST", "ROUTER_PORT_80_TCP_ADDR"),
+    ],
+)
+def test_variables_of_kubernetes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It sets them in every pod beside a service called vllm-tailorkv, or vllm-tailorkv-router."""
+    monkeypatch.setenv(f"VLLM_TAILORKV_{name}", "tcp://10.0.0.1:8000")
+    assert load_config(None).model_dump() == DEFAULTS
+    # vLLM, which warns of unknown variables, is told of them as well.
+    assert f"VLLM_TAILORKV_{name}" in envs.names(["bits"])
+
+
+@pytest.mark.parametrize("name", ["PORTS", "SERVICE", "SERVICE_HOSTS", "PORT_8000", "BITS_PORTAL"])
+def test_what_only_looks_like_kubernetes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(f"VLLM_TAILORKV_{name}", "x")
+    with pytest.raises(TailorKVError, match=f"unknown environment variable VLLM_TAILORKV_{name}"):
         load_config(None)
 
 
