@@ -17,7 +17,9 @@ os.environ.update(
 from pathlib import Path
 
 import pytest
+from decoding import Decoded
 from engines import LONG_OPTIONS, Expected, LongCase, expected_of, long_case, save_random_checkpoint
+from features import answers_of, save_random_adapter
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,3 +49,13 @@ def expected(random_llama: Path) -> Expected:
 @pytest.fixture(scope="session", params=LONG_OPTIONS)
 def case(request: pytest.FixtureRequest, random_llama: Path) -> LongCase:
     return long_case(random_llama, request.param)
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_adapter(tmp_path_factory.mktemp("adapters") / "random")
+
+
+@pytest.fixture(scope="session")
+def answers(random_llama: Path, adapter: Path) -> dict[str, Decoded]:
+    return answers_of(random_llama, adapter)

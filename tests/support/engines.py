@@ -35,18 +35,28 @@ def tiny_config(architecture: str, **changes: Any) -> Any:
     return getattr(transformers, f"{name}Config")(**values)
 
 
-def save_random_checkpoint(directory: Path, architecture: str, **changes: Any) -> Path:
-    """A checkpoint with random weights and a tokenizer of single bytes."""
+def save_random_checkpoint(
+    directory: Path, architecture: str, *, std: dict[str, float] | None = None, **changes: Any
+) -> Path:
+    """A checkpoint with random weights and a tokenizer of single bytes.
+
+    Args:
+        std: standard deviations by the end of a parameter's name, the longest that fits; 0
+            leaves it as its model makes it.
+        changes: those to `tiny_config`.
+    """
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     torch.manual_seed(0)
     config = tiny_config(architecture, **changes)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    # Wide enough that greedy tokens vary.
+    widths = {"": 0.08, "norm.weight": 0.0} | (std or {})
     for name, parameter in model.named_parameters():
-        if "norm" not in name:
-            # Wide enough that greedy tokens vary.
-            torch.nn.init.normal_(parameter, std=0.08)
+        end = max((end for end in widths if name.endswith(end)), key=len)
+        if widths[end]:
+            torch.nn.init.normal_(parameter, std=widths[end])
     model.save_pretrained(directory)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = ["<s>", "</s>", *alphabet]

@@ -1,26 +1,84 @@
-"""Greedy tokens with n-gram speculation, by vLLM's own backend without it and by ours with it.
+"""Greedy tokens of our backend with n-gram speculation, in a process of its own.
 
-Prints both as one line of JSON. Usage: python speculation.py MODEL
+Prints one line of JSON: the tokens, the rows that tailored ops served, and how many tokens were
+drafted and accepted. Usage: python speculation.py MODEL CASE
 """
 
 import json
+import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from engines import engine, greedy, random_prompts
+from engines import VOCABULARY, engine, greedy, random_prompts
+from features import metric
+from tailored import BOTH_EXACT, SMALL_BUDGET, tailored_ops
 
-SPECULATION = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+STEPS = 16
 
 
-def main(model: Path) -> None:
-    """Run both engines, ours last."""
-    prompts = [random_prompts([40], seed=7)[0] * 4]
-    with engine(model) as llm:
-        expected = greedy(llm, prompts)
-    with engine(model, {}, speculative_config=SPECULATION) as llm:
-        tokens = greedy(llm, prompts)
-    print(json.dumps([expected, tokens]))
+@dataclass(frozen=True)
+class Speculation:
+    """Options and prompts: a token that is in its prompt has a draft.
+
+    Args:
+        start: what all prompts start with.
+        lengths: random tokens after it.
+    """
+
+    options: dict[str, Any]
+    start: list[int]
+    lengths: list[int]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [[*self.start, *prompt] for prompt in random_prompts(self.lengths, seed=7)]
+
+
+CASES = {
+    "always": Speculation(SMALL_BUDGET, list(range(VOCABULARY)), [300, 700]),
+    "sometimes": Speculation(BOTH_EXACT, [], [130, 257, 300]),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the process printed."""
+
+    tokens: list[list[int]]
+    tailored: int
+    drafted: int
+    accepted: int
+
+
+def run(model: Path, name: str) -> Result:
+    """Run one case in a process of its own.
+
+    After speculation, vLLM's CPU worker cannot start again in the same process: it trips over
+    modules that speculation has imported.
+    """
+    command = [sys.executable, __file__, str(model), name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return Result(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main(model: Path, case: Speculation) -> None:
+    """Run our engine."""
+    config = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 3,
+    }
+    arguments = {"speculative_config": config, "disable_log_stats": False}
+    with tailored_ops() as rows, engine(model, case.options, **arguments) as llm:
+        tokens = greedy(llm, case.prompts, STEPS)
+        drafted = int(metric(llm, "spec_decode_num_draft_tokens"))
+        accepted = int(metric(llm, "spec_decode_num_accepted_tokens"))
+    result = {"tokens": tokens, "tailored": rows.total, "drafted": drafted, "accepted": accepted}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), CASES[sys.argv[2]])
