@@ -4,6 +4,7 @@ vLLM's processes end one after the other, each with tracebacks of its own. So a 
 error in a file that the first process names, and the program says it at the very end.
 """
 
+import atexit
 import contextlib
 import os
 import sys
@@ -31,6 +32,7 @@ def report_in_one_line() -> None:
     if _FILE not in os.environ:
         os.environ[_FILE] = str(Path(tempfile.gettempdir()) / f"tailorkv-{os.getpid()}.failure")
         _take_note()  # of an earlier process with this number
+        atexit.register(_take_note)
 
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None

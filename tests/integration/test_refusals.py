@@ -169,12 +169,16 @@ def test_unsupported_model(
         pass
 
 
+SMALL = ("--enforce-eager", "--gpu-memory-utilization", "0.1", "--max-model-len", "256")
+
+
 def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `vllm serve` as a user does."""
     command = [str(Path(sys.executable).parent / "vllm"), "serve", *arguments]
     variables = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
-    # Engines in this process leave it behind.
-    variables.pop("VLLM_DIST_IDENT", None)
+    # Engines in this process leave them behind.
+    for left in ("VLLM_DIST_IDENT", "_TAILORKV_FAILURE"):
+        variables.pop(left, None)
     return subprocess.run(
         command, env=variables, capture_output=True, text=True, timeout=120, check=False
     )
@@ -194,7 +198,7 @@ def test_an_error_of_a_worker_is_the_last_line(tmp_path: Path) -> None:
     """vLLM's processes end one by one, with tracebacks of their own."""
     changes = {"num_local_experts": 2, "num_experts_per_tok": 1}
     model = save_random_checkpoint(tmp_path / "model", "GptOss", **changes)
-    result = run_cli(str(model), "--attention-backend", "tailorkv", "--enforce-eager")
+    result = run_cli(str(model), "--attention-backend", "tailorkv", *SMALL)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("vllm-tailorkv: error: --attention-backend tailorkv: attention sinks")
