@@ -17,7 +17,8 @@ os.environ.update(
 from pathlib import Path
 
 import pytest
-from engines import LONG_OPTIONS, Expected, LongCase, expected_of, long_case, save_random_checkpoint
+from engines import LONG_OPTIONS, Expected, LongCase, expected_of, long_case
+from random_checkpoint import save_random_checkpoint
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

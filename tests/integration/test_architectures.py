@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import attention_layers, engine, greedy, random_prompts, save_random_checkpoint
+from engines import attention_layers, engine, greedy, random_prompts
+from random_checkpoint import save_random_checkpoint
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": None},

@@ -1,6 +1,7 @@
 """Tokens within the budget equal vLLM's own, whatever the engine's options."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,11 @@ def test_speculative_rows_are_exact(random_llama: Path) -> None:
     # same process (it trips over modules that speculation has imported).
     script = Path(speculation.__file__)
     result = subprocess.run(
-        [sys.executable, str(script), str(random_llama)], capture_output=True, text=True, check=True
+        [sys.executable, str(script), str(random_llama)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     expected, tokens = json.loads(result.stdout.splitlines()[-1])
     assert tokens == expected
