@@ -1,12 +1,15 @@
 """What a phase must have left behind. Every judgement is a list of problems, empty if all is well.
 
-Answers: on CPUs the composition of a batch changes the last bits of a float32 model, so answers are
-compared with a reference up to its first near tie, a place where the two best tokens are closer
-than `NEAR_TIE`; up to there, tokens are the same and their logprobs agree within `DRIFT`. Both are
-a hundred times what was measured without preemption. A request that was preempted reads its own
-answer again as a prompt, exactly, where tailored decode had written it before; beyond the token
-budget its later tokens may then differ. So as many tailored answers may differ as there were
-preemptions, and no other.
+Answers: a batch's composition and a prompt's chunks change the last bits of what a float32 model
+computes on CPUs. So a token may differ from the reference's only at a near tie, where the
+reference's two best logprobs are closer than a tolerance, and ends the comparison; logprobs of
+equal tokens agree within it. `ROUNDING` is a hundred times what was measured. Where the index
+leaves tokens out, the last bits decide which are nearly left out, and logprobs were seen to differ
+by up to 0.017: there `NEARLY_CHOSEN` is the tolerance.
+
+A request that was preempted reads its own answer again as a prompt, exactly, where tailored decode
+had written it before; beyond the token budget its later tokens may then differ by any amount. So as
+many tailored answers may differ as there were preemptions, and no other.
 """
 
 from collections import Counter
@@ -15,8 +18,8 @@ from dataclasses import dataclass
 
 from soak.client import HUNG, Reply
 
-NEAR_TIE = 1e-3
-DRIFT = 1e-3
+ROUNDING = 1e-3
+NEARLY_CHOSEN = 0.1
 GROWTH_BYTES = 64 << 20
 """A leak of one page of this model a request passes it within a round; an allocator's does not."""
 
@@ -37,17 +40,40 @@ class Idle:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Up to how many tokens of context answers depend on what.
+
+    Args:
+        exact_below: attended in full.
+        ranked_below: the index leaves none out: exact scores choose among all tokens.
+    """
+
+    exact_below: int
+    ranked_below: int
+
+    def is_tailored(self, prompt: int, place: int) -> bool:
+        """Whether the token at this place of an answer comes of tailored decode."""
+        # The first token comes of the prompt, which is always read exactly.
+        return place > 0 and prompt + place > self.exact_below
+
+    def tolerance(self, prompt: int, place: int) -> float:
+        """Of logprobs at this place."""
+        return NEARLY_CHOSEN if place > 0 and prompt + place > self.ranked_below else ROUNDING
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Answers against their references.
 
     Args:
-        compared: answers of which at least one token was compared.
-        equal: of them, up to the reference's first near tie.
+        compared: answers that have a reference and at least one token.
+        equal: of them, without a mistake.
         whole: of the equal ones, to their last token.
         tokens: compared.
-        tailored: compared answers with decode steps beyond the token budget.
-        drift: largest difference between the logprobs of tokens before a mistake.
-        wrong_exact, wrong_tailored: names of references that answers differ from.
+        tailored: compared answers with tokens beyond the token budget.
+        drift: largest difference between logprobs of equal tokens where the index leaves none out.
+        tailored_drift: the same where it does.
+        wrong_exact, wrong_tailored: references of which a mistake is within and beyond the budget.
     """
 
     compared: int
@@ -56,6 +82,7 @@ class Comparison:
     tokens: int
     tailored: int
     drift: float
+    tailored_drift: float
     wrong_exact: list[str]
     wrong_tailored: list[str]
 
@@ -112,53 +139,41 @@ def judge_answers(comparison: Comparison, preemptions: float) -> list[str]:
 
 
 def compare(
-    references: Mapping[str, Reply], replies: Sequence[Reply], exact_below: int
+    references: Mapping[str, Reply], replies: Sequence[Reply], limits: Limits
 ) -> Comparison:
-    """Compare what came of answers, cut short or not.
-
-    Args:
-        exact_below: contexts of so many tokens are attended in full.
-    """
-    equal = whole = tokens = tailored = compared = 0
-    drift = 0.0
+    """Compare what came of answers, cut short or not."""
+    compared = equal = whole = tokens = tailored = 0
+    drifts = {ROUNDING: 0.0, NEARLY_CHOSEN: 0.0}
     wrong: dict[bool, list[str]] = {False: [], True: []}
     for reply in replies:
-        if reply.prompt.name is None:
+        if reply.prompt.name is None or not reply.tokens:
             continue
         reference = references[reply.prompt.name]
-        length = min(_comparable(reference), len(reply.tokens))
-        if length == 0:
-            continue
-
-        def is_tailored(place: int, prompt: int = len(reply.prompt.tokens)) -> bool:
-            # The first token comes of the prompt, which is always read exactly.
-            return place > 0 and prompt + place > exact_below
-
+        prompt = len(reply.prompt.tokens)
+        same, is_mistake = _follow(reference, reply, limits, drifts)
         compared += 1
-        tokens += length
-        tailored += is_tailored(length - 1)
-        mistake, drifts = _first_mistake(reference, reply, length)
-        drift = max([drift, *drifts])
-        if mistake is not None:
-            wrong[is_tailored(mistake)].append(reply.prompt.name)
+        tokens += same
+        tailored += limits.is_tailored(prompt, min(same, len(reply.tokens) - 1))
+        if is_mistake:
+            wrong[limits.is_tailored(prompt, same)].append(reply.prompt.name)
         else:
             equal += 1
-            whole += reply.tokens == reference.tokens[: len(reply.tokens)]
-    return Comparison(compared, equal, whole, tokens, tailored, drift, wrong[False], wrong[True])
+            whole += same == len(reply.tokens)
+    return Comparison(
+        compared, equal, whole, tokens, tailored, *drifts.values(), wrong[False], wrong[True]
+    )
 
 
-def _comparable(reference: Reply) -> int:
-    """Tokens before the first near tie."""
-    ties = (place for place, gap in enumerate(reference.gaps) if gap < NEAR_TIE)
-    return next(ties, len(reference.tokens))
-
-
-def _first_mistake(reference: Reply, reply: Reply, length: int) -> tuple[int | None, list[float]]:
-    """Where the answer is wrong, and how far logprobs differ before."""
-    drifts: list[float] = []
-    for place in range(length):
+def _follow(
+    reference: Reply, reply: Reply, limits: Limits, drifts: dict[float, float]
+) -> tuple[int, bool]:
+    """How many tokens agree, and whether the next one is a mistake; keeps the largest drifts."""
+    for place, token in enumerate(reply.tokens):
+        tolerance = limits.tolerance(len(reply.prompt.tokens), place)
+        if token != reference.tokens[place]:
+            return place, reference.gaps[place] >= tolerance
         drift = abs(reply.logprobs[place] - reference.logprobs[place])
-        if reply.tokens[place] != reference.tokens[place] or drift > DRIFT:
-            return place, drifts
-        drifts.append(drift)
-    return None, drifts
+        if drift > tolerance:
+            return place, True
+        drifts[tolerance] = max(drifts[tolerance], drift)
+    return len(reply.tokens), False

@@ -177,7 +177,11 @@ def _refused(reply: Reply, response: httpx.Response) -> None:
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The events of a stream, without the last, which says that it is done."""
-    async for line in response.aiter_lines():
-        if line.startswith("data: ") and line != "data: [DONE]":
-            event: dict[str, Any] = json.loads(line.removeprefix("data: "))
-            yield event
+    # By bytes: httpx ends lines at characters too that JSON has within strings, as U+0085.
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: {"):
+                event: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
+                yield event

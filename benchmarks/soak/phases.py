@@ -130,7 +130,7 @@ PHASES: dict[str, Phase] = {
 
 async def references(client: Client, load: Load) -> list[Reply]:
     """All known prompts and conversations, one request at a time."""
-    replies = [await client.ask(p) for p in (*load.prompts.known, *load.prompts.filling_known)]
+    replies = [await client.ask(p) for p in (*load.prompts.known, *load.prompts.known_fillings)]
     for number in range(_CONVERSATIONS):
         replies += await _talk(client, load.prompts.conversation(number))
     return replies

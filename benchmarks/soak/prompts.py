@@ -17,8 +17,9 @@ _KNOWN_LENGTHS = (3, 60, 127, 128, 150, 200, 300, 450, 700, 1100, 1700)
 """Within the token budget of `fast`, around a block's end, beyond the budget, near the limit."""
 
 _KNOWN_ANSWER = 24
-_FILLING_LENGTH = 5 * BLOCK_SIZE - 20
-_FILLING_ANSWER = 96
+# Prompt and answer of what fills the cache: beyond the budget and within it.
+_LONG_FILLING, _SHORT_FILLING = (5 * BLOCK_SIZE - 20, 96), (BLOCK_SIZE - 18, 64)
+_KNOWN_FILLINGS = 3
 _TURNS, _TURN_TOKENS, _TURN_ANSWER = 4, 100, 16
 _COMMON_TOKENS = 2 * BLOCK_SIZE + 20
 
@@ -38,8 +39,10 @@ class Prompts:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self.known = [self._known(n, _KNOWN_ANSWER) for n in _KNOWN_LENGTHS]
-        self.filling_known = [
-            self._known(_FILLING_LENGTH, _FILLING_ANSWER, f"filling_{i}") for i in range(3)
+        self.known_fillings = [
+            self._known(*filling, f"filling_{filling[0]}_{number}")
+            for filling in (_LONG_FILLING, _SHORT_FILLING)
+            for number in range(_KNOWN_FILLINGS)
         ]
         self.common = self.tokens(_COMMON_TOKENS)
 
@@ -66,10 +69,14 @@ class Prompts:
         return [Prompt(self.tokens(length), 800) for length in lengths]
 
     def filling(self, num_blocks: int) -> list[Prompt]:
-        """As many as fill the cache when they are read, and need more when they are answered."""
-        count = num_blocks // (_FILLING_LENGTH // BLOCK_SIZE + 1) + 4
-        others = [Prompt(self.tokens(_FILLING_LENGTH), _FILLING_ANSWER) for _ in range(count)]
-        prompts = [*self.filling_known, *others]
+        """As many as fill the cache when they are read; each needs one more block to be answered.
+
+        Half of the blocks are of long prompts, and half of prompts of one block.
+        """
+        long = [_LONG_FILLING] * (num_blocks // (2 * _blocks(_LONG_FILLING[0])))
+        short = [_SHORT_FILLING] * (num_blocks // (2 * _blocks(_SHORT_FILLING[0])))
+        others = [Prompt(self.tokens(length), answer) for length, answer in long + short]
+        prompts = [*self.known_fillings, *others]
         self._random.shuffle(prompts)
         return prompts
 
@@ -78,10 +85,9 @@ class Prompts:
         return Conversation(number, self.common)
 
     def too_long(self) -> list[Prompt]:
-        """Prompts beyond the limit, and one that reaches it with its answer."""
-        lengths = (MAX_MODEL_LEN, MAX_MODEL_LEN + 1, 4 * MAX_MODEL_LEN)
-        beyond = [Prompt(self.tokens(length), 1) for length in lengths]
-        return [*beyond, Prompt(self.tokens(MAX_MODEL_LEN - 8), 9)]
+        """Prompts beyond the limit: by a token, and by far."""
+        lengths = (MAX_MODEL_LEN + 1, MAX_MODEL_LEN + 200, 4 * MAX_MODEL_LEN)
+        return [Prompt(self.tokens(length), 1) for length in lengths]
 
     def _known(self, length: int, answer: int, name: str | None = None) -> Prompt:
         return Prompt(self.tokens(length), answer, name or f"prompt_{length}")
@@ -111,6 +117,10 @@ class Conversation:
     def hear(self, answer: list[int]) -> None:
         """What the model says to it."""
         self._said += answer
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_SIZE)
 
 
 def malformed(model: str) -> list[Malformed]:

@@ -11,6 +11,7 @@ from typing import Any, Self
 import httpx
 
 from soak.checks import (
+    Limits,
     compare,
     judge_answers,
     judge_growth,
@@ -38,7 +39,7 @@ class Soak:
 
     Args:
         options: of the server.
-        exact_below: contexts of so many tokens are attended in full.
+        limits: of how closely answers can be compared.
         write: gets the record of each phase as it is done.
         show: gets the name of what happens.
     """
@@ -47,13 +48,13 @@ class Soak:
         self,
         options: ServerOptions,
         load: Load,
-        exact_below: int,
+        limits: Limits,
         write: Callable[[dict[str, Any]], None],
         show: Callable[[str], None],
     ) -> None:
         self._options = options
         self._load = load
-        self._exact_below = exact_below
+        self._limits = limits
         self._write = write
         self._show = show
         self._references: dict[str, Reply] = {}
@@ -185,7 +186,7 @@ class Soak:
         self, replies: Sequence[Reply], preemptions: float, problems: list[str]
     ) -> dict[str, Any]:
         """What comes of comparing answers; problems are added."""
-        comparison = compare(self._references, replies, self._exact_below)
+        comparison = compare(self._references, replies, self._limits)
         problems += judge_answers(comparison, preemptions)
         return {"answers": vars(comparison)}
 

@@ -44,7 +44,7 @@ def test_one_round(tmp_path: Path) -> None:
     assert by_name["mixed"]["answers"]["tailored"] > 0
     assert by_name["cancellations"]["outcomes"]["left"] == 16
     assert by_name["disconnects"]["outcomes"]["left"] == 16
-    assert by_name["too long"]["outcomes"]["refused"] == 4
+    assert by_name["too long"]["outcomes"]["refused"] == 3
     assert by_name["malformed"]["outcomes"]["refused"] > 15
     assert by_name["conversations"]["prefix_hits"] > 0
     assert by_name["preemption"]["preemptions"] > 0

@@ -12,8 +12,9 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 
 def event(token: int) -> bytes:
     logprobs = {"token_logprobs": [-1.0], "top_logprobs": [{"a": -1.0, "b": -1.5}]}
-    choice = {"token_ids": [token], "logprobs": logprobs}
-    return b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"
+    # Within a line of JSON, though Unicode has it for the end of one.
+    choice = {"token_ids": [token], "logprobs": logprobs, "text": "\u2028"}
+    return b"data: " + json.dumps({"choices": [choice]}, ensure_ascii=False).encode() + b"\n\n"
 
 
 def answer(body: bytes, status: str = "200 OK", pause: float = 0) -> Handler:
