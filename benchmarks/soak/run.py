@@ -103,7 +103,7 @@ class Soak:
         self._server.stop()
         self._server = VllmServer(self._options)
         self._options = replace(self._options, port=self._server.port)
-        self._server.__enter__()
+        self._server.start()
         self._server.wait_until_healthy(lambda _: None, START_SECONDS)
         self._warm_bytes = None
         return time.monotonic() - start

@@ -120,7 +120,7 @@ def cache_gib_for(num_tokens: int, bytes_per_token: float, weight_bytes: int = 0
 
 
 class VllmServer:
-    """A running `vllm serve`, to be used in a `with` statement.
+    """A running `vllm serve`, to be used in a `with` statement, or started and stopped.
 
     The server leads a process group of its own, so that a Ctrl-C in the terminal reaches only
     the demo, which then stops the server and all its children.
@@ -152,6 +152,19 @@ class VllmServer:
         return self._options.log
 
     def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start it, without waiting until it answers; `stop` must follow."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -162,15 +175,6 @@ class VllmServer:
                 env=_environment(self._options),
                 start_new_session=True,
             )
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
 
     def stop(self) -> None:
         """End the server and every process it has started; nothing if there is none."""
@@ -243,7 +247,7 @@ class VllmServer:
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            raise RuntimeError("the server is not started; use it in a `with` statement")
+            raise RuntimeError("the server is not started")
         return self._process
 
     def _log_text(self) -> str:
