@@ -111,10 +111,14 @@ async def preemption(client: Client, load: Load) -> Done:
 
 
 async def warm_up(client: Client, load: Load) -> Done:
-    """All that makes a new server's memory grow: mixed load, and a full cache."""
-    first = await mixed(client, load)
-    second = await preemption(client, load)
-    return Done(first.replies + second.replies, first.problems + second.problems)
+    """All that makes a new server's memory grow: steps of every size, load, and a full cache."""
+    replies = [await client.ask(prompt) for prompt in load.prompts.every_length()]
+    problems = judge_outcomes(replies, [FINISHED])
+    for phase in (mixed, preemption):
+        done = await phase(client, load)
+        replies += done.replies
+        problems += done.problems
+    return Done(replies, problems)
 
 
 PHASES: dict[str, Phase] = {

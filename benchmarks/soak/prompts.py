@@ -11,6 +11,9 @@ from soak.client import Prompt
 
 MAX_MODEL_LEN = 2048
 BLOCK_SIZE = 128
+CHUNK = 256
+"""Tokens of a step, at most."""
+
 _FIRST_TOKEN = 2
 
 _KNOWN_LENGTHS = (3, 60, 127, 128, 150, 200, 300, 450, 700, 1100, 1700)
@@ -62,6 +65,10 @@ class Prompts:
             prompts.append(Prompt(self.tokens(length), self._random.randint(1, 64)))
         self._random.shuffle(prompts)
         return prompts
+
+    def every_length(self) -> list[Prompt]:
+        """One for each number of tokens that a step can have."""
+        return [Prompt(self.tokens(length), 1) for length in range(1, CHUNK + 1)]
 
     def long_answers(self, count: int) -> list[Prompt]:
         """Prompts of all lengths whose answers take long."""
