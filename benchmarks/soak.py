@@ -13,9 +13,9 @@ whatever --minutes says; from the second on, phases begin while time is left, an
 ended every --restart-every rounds only, so that it lives long enough to leak.
 
 Memory is resident bytes of all the server's processes. oneDNN keeps code for every number of rows
-that a linear layer has seen, about 1 MiB for all layers of this model, on vLLM's own backend too: so
-steps have 256 tokens at the most, and a server is warm after a step of each size, mixed load and a
-full cache. A leak of 0.2 MiB a request passes the bound of 96 MiB within a round.
+that a linear layer has seen, about 1 MiB for all layers of this model, with vLLM's own backend too.
+So steps have 256 tokens at the most, and a server is warm after a step of each size, mixed load and
+a full cache. A leak of 0.2 MiB a request passes the bound of 96 MiB within a round.
 
 A batch's composition and a prompt's chunks change the last bits of what a float32 model computes,
 so a known answer may leave its reference only where the two best logprobs are within 0.001, or 0.1
@@ -52,6 +52,7 @@ from typing import Any, NoReturn
 # Loading a tokenizer in this process must not reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import httpx
 from random_checkpoint import save_random_checkpoint
 from rich.progress import TaskID
 from soak.checks import Limits
@@ -103,6 +104,8 @@ def main() -> None:
                 soak.run(args.minutes, args.restart_every)
             except ServerError as error:
                 soak.problems.append(f"{error}: {' | '.join(error.log_lines)}")
+            except (httpx.HTTPError, LookupError) as error:
+                soak.problems.append(f"no more is learnt of the server: {error!r}")
             except KeyboardInterrupt:
                 raise SystemExit(_STOPPED) from None
     for problem in soak.problems:
