@@ -86,11 +86,11 @@ def main() -> None:
     limits = _limits(args)
     # The null block of vLLM is never given to a request.
     load = Load(Prompts(args.seed), args.streams, _BLOCKS_A_STREAM * args.streams, MODEL_NAME)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Lines(args.output) as lines,
-        progress() as bar,
-    ):
+    try:
+        output = Lines(args.output)
+    except OSError as error:
+        refuse(__file__, f"--output: {error}")
+    with tempfile.TemporaryDirectory() as folder, output as lines, progress() as bar:
         task = bar.add_task("", total=len(PHASES) + len(ENDINGS))
         options = _options(args, Path(folder), load.num_blocks + 1)
         with Soak(
