@@ -5,7 +5,7 @@ within the token budget and beyond. Clients stop reading, reset connections, sen
 or malformed, hold conversations that share prefixes, and ask for more than the cache holds; the
 server is sent SIGTERM under load, and its engine is killed. After each phase: every request has
 ended within 300 s, /health is OK, no request runs or waits and no KV cache is in use, memory has
-not grown by more than 96 MiB since the server was warm, and known answers equal those of the
+not grown by more than 32 MiB since the server was warm, and known answers equal those of the
 undisturbed server.
 
 The first round has every phase and is always completed, in about four minutes on two cores
@@ -15,7 +15,8 @@ ended every --restart-every rounds only, so that it lives long enough to leak.
 Memory is resident bytes of all the server's processes. oneDNN keeps code for every number of rows
 that a linear layer has seen, about 1 MiB for all layers of this model, with vLLM's own backend too.
 So steps have 256 tokens at the most, and a server is warm after a step of each size, mixed load and
-a full cache. A leak of 0.2 MiB a request passes the bound of 96 MiB within a round.
+a full cache, from where it grew by 5 MiB at the most. A leak of 0.1 MiB a request passes the bound
+within a round.
 
 A batch's composition and a prompt's chunks change the last bits of what a float32 model computes,
 so a known answer may leave its reference only where the two best logprobs are within 0.001, or 0.1

@@ -20,8 +20,8 @@ from soak.client import HUNG, Reply
 
 ROUNDING = 1e-3
 NEARLY_CHOSEN = 0.1
-GROWTH_BYTES = 96 << 20
-"""A leak of 0.2 MiB a request passes it within a round; a warm server's allocator does not."""
+GROWTH_BYTES = 32 << 20
+"""A leak of 0.1 MiB a request passes it within a round; a warm server grows by 5 MiB at the most."""
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def test_a_leak_is_found() -> None:
     assert judge_memory(1 << 30, (1 << 30) + GROWTH_BYTES) == []
     assert judge_memory(1 << 30, 0) == []
     assert judge_memory(1 << 30, (1 << 30) + GROWTH_BYTES + 1) == [
-        "memory grew by 96 MiB since the server was warm"
+        "memory grew by 32 MiB since the server was warm"
     ]
 
 
