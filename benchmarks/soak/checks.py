@@ -21,7 +21,7 @@ from soak.client import HUNG, Reply
 ROUNDING = 1e-3
 NEARLY_CHOSEN = 0.1
 GROWTH_BYTES = 32 << 20
-"""A leak of 0.1 MiB a request passes it within a round; a warm server grows by 5 MiB at the most."""
+"""A leak of 0.1 MiB a request passes it within a round; a warm server grows by 5 MiB at most."""
 
 
 @dataclass(frozen=True)
