@@ -36,6 +36,9 @@ Each line of results is a phase:
                                 (of logprobs, the largest, where the index leaves none out and
                                 where it does), wrong_exact and wrong_tailored (prompts' names)
     end_seconds, exit_status    of a server that was struck
+    gave_up                     whether it ended only once clients had closed their streams, after
+                                30 s: allowed on SIGTERM, where vLLM may kill its engine before it
+                                has told the streams
     start_seconds               of the next one
     problems                    what failed, in words
     command, date, revision, versions, processor   of this run

@@ -10,7 +10,7 @@ import httpx
 import psutil
 
 from soak.checks import judge_outcomes
-from soak.client import FAILED, FINISHED, Client, Reply
+from soak.client import FAILED, FINISHED, LEFT, Client, Reply
 from soak.phases import Load
 from soak.processes import engine_core, is_port_free, survivors, tree
 from vllm_tailorkv.demo.server import VllmServer
@@ -29,12 +29,14 @@ class Ended:
     Args:
         seconds: from the signal to the end of its first process.
         exit_status: None if it went on.
+        gave_up: it ended only when its clients had closed their streams.
     """
 
     replies: list[Reply]
     problems: list[str]
     seconds: float
     exit_status: int | None
+    gave_up: bool
 
 
 def ask_to_end(server: VllmServer) -> None:
@@ -58,13 +60,25 @@ async def end(
     start = time.monotonic()
     strike(server)
     status = await asyncio.to_thread(server.wait, END_SECONDS)
+    gave_up = status is None
+    if gave_up:
+        for stream in streams:
+            stream.cancel()
+        status = await asyncio.to_thread(server.wait, END_SECONDS)
     seconds = time.monotonic() - start
-    replies = list(await asyncio.gather(*streams))
-    problems = judge_outcomes(replies, [FAILED, FINISHED])
+    ends = await asyncio.gather(*streams, return_exceptions=True)
+    replies = [
+        end if isinstance(end, Reply) else Reply(prompt, LEFT)
+        for prompt, end in zip(prompts, ends, strict=True)
+    ]
+    problems = judge_outcomes(replies, [FAILED, FINISHED, LEFT])
+    if gave_up and strike is not ask_to_end:
+        # On SIGTERM vLLM may kill its engine before it has told the streams, and waits for them.
+        problems.append(f"streams of a dead engine were open for {END_SECONDS:.0f} s")
     if all(reply.outcome == FINISHED for reply in replies):
         problems.append("no stream was open any more when the server was struck")
     problems += judge_end(server, status, processes)
-    return Ended(replies, problems, seconds, status)
+    return Ended(replies, problems, seconds, status, gave_up)
 
 
 def judge_end(server: VllmServer, status: int | None, processes: list[psutil.Process]) -> list[str]:

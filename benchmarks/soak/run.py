@@ -162,6 +162,7 @@ class Soak:
         record: dict[str, Any] = {
             "end_seconds": round(ended.seconds, 2),
             "exit_status": ended.exit_status,
+            "gave_up": ended.gave_up,
             "start_seconds": round(self._start(), 1),
         }
         self._show(f"{name}: answers of the next server")

@@ -49,5 +49,6 @@ def test_one_round(tmp_path: Path) -> None:
     assert by_name["conversations"]["prefix_hits"] > 0
     assert by_name["preemption"]["preemptions"] > 0
     for name in ENDINGS:
-        assert by_name[name]["outcomes"]["failed"] > 0
-        assert by_name[name]["end_seconds"] < 30
+        outcomes = by_name[name]["outcomes"]
+        assert outcomes.get("failed", 0) + outcomes.get("left", 0) > 0
+        assert by_name[name]["exit_status"] is not None
