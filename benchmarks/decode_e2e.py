@@ -31,7 +31,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from speed.command import Lines, add_output, numbers, parser, positive, progress, refuse
+from speed.command import (
+    Lines,
+    add_output,
+    json_object,
+    numbers,
+    parser,
+    positive,
+    progress,
+    refuse,
+)
 from speed.job import CHUNK, Job
 from speed.machine import free_bytes
 from speed.models import MODELS, Model
@@ -113,7 +122,7 @@ def _arguments() -> argparse.Namespace:
         "--warm", action="store_true", help="fill the cache without the model: no time to read"
     )
     options.add_argument(
-        "--config", type=_json_object, default={}, metavar="JSON", help="options of tailorkv"
+        "--config", type=json_object, default={}, metavar="JSON", help="options of tailorkv"
     )
     options.add_argument(
         "--plot", metavar="FILE", help="seconds per output token against context, as a picture"
@@ -123,16 +132,6 @@ def _arguments() -> argparse.Namespace:
     if args.batch >= CHUNK:
         options.error(f"--batch must be below {CHUNK}, is {args.batch}")
     return args
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return value
 
 
 def _check_memory(args: argparse.Namespace, model: Model) -> None:

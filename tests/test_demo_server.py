@@ -1,10 +1,12 @@
 """The demo's server is watched and stopped, whatever its state."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,6 +138,25 @@ def test_refused_options_are_the_cause_however_vllm_warns(
     with pytest.raises(ServerError) as caught, server:
         server.wait_until_healthy(lambda _: None, timeout=20)
     assert caught.value.log_lines == ("vllm-tailorkv: error: bits=3: Input should be 1, 2 or 4",)
+
+
+def test_an_end_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    server = fake_server(monkeypatch, tmp_path, "import time; time.sleep(60)")
+    with pytest.raises(RuntimeError, match="not started"):
+        server.wait(0)
+    with server:
+        assert server.wait(0) is None
+        os.kill(server.pid, signal.SIGKILL)
+        assert server.wait(20) == -signal.SIGKILL
+
+
+def test_dtype_and_further_arguments(tmp_path: Path) -> None:
+    options = ServerOptions(
+        model=tmp_path, log=tmp_path / "log", max_model_len=1, cache_gib=1, dtype="float32"
+    )
+    command = demo_server._command(replace(options, arguments=("--max-num-seqs", "3")), 1)
+    assert "--dtype float32" in " ".join(command)
+    assert " ".join(command).endswith("--max-num-seqs 3")
 
 
 def test_slow_start_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 from decoding import Decoded
-from engines import LONG_OPTIONS, Expected, LongCase, expected_of, long_case, save_random_checkpoint
+from engines import LONG_OPTIONS, Expected, LongCase, expected_of, long_case
 from features import answers_of, save_random_adapter
+from random_checkpoint import save_random_checkpoint
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import engine, greedy, random_prompts, save_random_checkpoint
+from engines import engine, greedy, random_prompts
+from random_checkpoint import save_random_checkpoint
 from tailored import BOTH_EXACT, decode_steps, own_layers, tailored_ops
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from decoding import FORCIBLE, Decoded, assert_same, decode
-from engines import engine, random_prompts, save_random_checkpoint
+from engines import engine, random_prompts
+from random_checkpoint import save_random_checkpoint
 from tailored import (
     DENSE_4BIT,
     DENSE_EXACT,

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines import attention_layers, engine, random_prompts, save_random_checkpoint
+from engines import attention_layers, engine, random_prompts
 from flat_layers import PERMUTED, PERMUTED_FLAT, flatten_layer, permute_layers
+from random_checkpoint import save_random_checkpoint
 
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.profile import LayerScore, Profile, load_profile, write_profile

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import engine, save_random_checkpoint
+from engines import engine
+from random_checkpoint import save_random_checkpoint
 
 from vllm_tailorkv.errors import TailorKVError
 

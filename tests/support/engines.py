@@ -1,4 +1,4 @@
-"""Engines in this process and tiny random checkpoints, for tests and harnesses."""
+"""Engines in this process, for tests and harnesses."""
 
 import gc
 from collections.abc import Iterator
@@ -8,67 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_checkpoint import VOCABULARY
 
-VOCABULARY = 320
 PROMPT_LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 150, 180]
 """Prompts whose continuation by twelve tokens stays within the token budget of `fast`."""
-
-
-def tiny_config(architecture: str, **changes: Any) -> Any:
-    """A configuration of some architecture with two to four tiny layers."""
-    import transformers
-
-    values = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "max_position_embeddings": 8192,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    } | changes
-    name = "Gemma3Text" if architecture == "Gemma3" else architecture
-    return getattr(transformers, f"{name}Config")(**values)
-
-
-def save_random_checkpoint(
-    directory: Path, architecture: str, *, std: dict[str, float] | None = None, **changes: Any
-) -> Path:
-    """A checkpoint with random weights and a tokenizer of single bytes.
-
-    Args:
-        std: standard deviations by the end of a parameter's name, the longest that fits; 0
-            leaves it as its model makes it.
-        changes: those to `tiny_config`.
-    """
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    torch.manual_seed(0)
-    config = tiny_config(architecture, **changes)
-    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
-    # Wide enough that greedy tokens vary.
-    widths = {"": 0.08, "norm.weight": 0.0} | (std or {})
-    for name, parameter in model.named_parameters():
-        end = max((end for end in widths if name.endswith(end)), key=len)
-        if widths[end]:
-            torch.nn.init.normal_(parameter, std=widths[end])
-    model.save_pretrained(directory)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["<s>", "</s>", *alphabet]
-    names += [f"<extra_{i}>" for i in range(VOCABULARY - len(names))]
-    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    )
-    fast.save_pretrained(directory)
-    return directory
 
 
 @contextmanager

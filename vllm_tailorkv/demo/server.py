@@ -93,6 +93,8 @@ class ServerOptions:
         config: options of the backend, the value of "tailorkv" in vLLM's additional config.
         is_eager: whether to do without compiling the model, which takes a CPU a minute.
         port: TCP port on the loopback interface; 0 for any that is free.
+        dtype: of the model.
+        arguments: further ones of `vllm serve`.
     """
 
     model: Path
@@ -103,6 +105,8 @@ class ServerOptions:
     config: dict[str, object] | None = None
     is_eager: bool = False
     port: int = 0
+    dtype: str = "bfloat16"
+    arguments: tuple[str, ...] = ()
 
 
 def cache_gib_for(num_tokens: int, bytes_per_token: float, weight_bytes: int = 0) -> int:
@@ -128,7 +132,7 @@ def cache_gib_for(num_tokens: int, bytes_per_token: float, weight_bytes: int = 0
 
 
 class VllmServer:
-    """A running `vllm serve`, to be used in a `with` statement.
+    """A running `vllm serve`, to be used in a `with` statement, or started and stopped.
 
     The server leads a process group of its own, so that a Ctrl-C in the terminal reaches only
     the demo, which then stops the server and all its children.
@@ -145,21 +149,22 @@ class VllmServer:
         return f"http://{HOST}:{self._port}"
 
     @property
+    def port(self) -> int:
+        """TCP port of the HTTP interface."""
+        return self._port
+
+    @property
+    def pid(self) -> int:
+        """Of the process that serves HTTP; the others descend from it."""
+        return self._started().pid
+
+    @property
     def log(self) -> Path:
         """Where the server's output goes."""
         return self._options.log
 
     def __enter__(self) -> Self:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as output:
-            self._process = subprocess.Popen(
-                _command(self._options, self._port),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=_environment(self._options),
-                start_new_session=True,
-            )
+        self.start()
         return self
 
     def __exit__(
@@ -170,11 +175,31 @@ class VllmServer:
     ) -> None:
         self.stop()
 
+    def start(self) -> None:
+        """Start it, without waiting until it answers; `stop` must follow."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as output:
+            self._process = subprocess.Popen(
+                _command(self._options, self._port),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=_environment(self._options),
+                start_new_session=True,
+            )
+
     def stop(self) -> None:
         """End the server and every process it has started; nothing if there is none."""
         if self._process is not None:
             _end(self._process)
             self._process = None
+
+    def wait(self, timeout: float) -> int | None:
+        """Exit status of a server that ends by itself; None if it runs on for so many seconds."""
+        try:
+            return self._started().wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
 
     def wait_until_healthy(self, on_wait: Callable[[str], None], timeout: float) -> None:
         """Return when the server answers. `on_wait` gets the newest log line, twice a second.
@@ -197,9 +222,7 @@ class VllmServer:
 
     def check_alive(self) -> None:
         """Raises ServerError if the server has ended."""
-        if self._process is None:
-            raise RuntimeError("the server is not started; use it in a `with` statement")
-        status = self._process.poll()
+        status = self._started().poll()
         if status is not None:
             raise self.error(f"vLLM ended with exit status {status}")
 
@@ -250,6 +273,11 @@ class VllmServer:
         causes = list(dict.fromkeys(errors)) or self._log_lines()
         return ServerError(message, causes[-3:], self.log)
 
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise RuntimeError("the server is not started")
+        return self._process
+
     def _log_text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
@@ -264,10 +292,11 @@ def _command(options: ServerOptions, port: int) -> list[str]:
         *("serve", str(options.model)),
         *("--served-model-name", MODEL_NAME),
         *("--host", HOST, "--port", str(port)),
-        *("--dtype", "bfloat16"),
+        *("--dtype", options.dtype),
         *("--max-model-len", str(options.max_model_len)),
         "--enable-prefix-caching",
         "--disable-uvicorn-access-log",
+        *options.arguments,
     ]
     if options.is_eager:
         command.append("--enforce-eager")
