@@ -5,6 +5,7 @@ drafted and accepted. Usage: python speculation.py MODEL CASE
 """
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def run(model: Path, name: str) -> Result:
     modules that speculation has imported.
     """
     command = [sys.executable, __file__, str(model), name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
