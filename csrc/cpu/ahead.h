@@ -2,6 +2,8 @@
 // Zen 4), and what was asked beyond them at once made asking useless (benchmarks/NOTES.md).
 #pragma once
 
+#include "common.h"
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

@@ -2,6 +2,8 @@
 // (as in flash decoding), and attention over exact rows of the host pages.
 #pragma once
 
+#include "common.h"
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

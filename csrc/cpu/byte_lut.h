@@ -7,6 +7,20 @@
 // half of it.
 #pragma once
 
+#include <immintrin.h>
+
+#ifndef TAILORKV_ISA
+// Opened by itself: a source that is compiled says both first.
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512vbmi,avx512vnni,gfni")
+#define TAILORKV_ISA avx512_gfni
+#define TAILORKV_TABLES 1
+#endif
+#include "vec_avx512.h"
+//
+#include "ahead.h"
+#include "common.h"
+#include "lut.h"
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

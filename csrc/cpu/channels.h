@@ -1,6 +1,9 @@
 // The channels of K that matter most to a query (section 3.3 of the paper).
 #pragma once
 
+#include "attention.h"
+#include "topk.h"
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

@@ -1,6 +1,12 @@
 // Products with low-bit codes: nothing is dequantized to memory.
 #pragma once
 
+#include "ahead.h"
+#include "common.h"
+#if TAILORKV_TABLES
+#include "lut.h"
+#endif
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

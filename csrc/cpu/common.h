@@ -1,6 +1,8 @@
 // What the ops share: dispatch on dtypes, loops over threads, exponentials.
 #pragma once
 
+#include "vec.h"
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

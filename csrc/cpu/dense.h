@@ -1,6 +1,10 @@
 // quantized_decode_attention
 #pragma once
 
+#include "ahead.h"
+#include "attention.h"
+#include "codes.h"
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

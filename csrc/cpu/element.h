@@ -1,6 +1,13 @@
 // Storage types of caches and conversions of one element.
 #pragma once
 
+#include <cstdint>
+
+#ifndef TAILORKV_ISA
+#define TAILORKV_ISA portable
+#define TAILORKV_TABLES 0
+#endif
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

@@ -10,7 +10,6 @@
 
 #define TAILORKV_ISA avx2
 #define TAILORKV_TABLES 0
-#include "element.h"
 #include "vec_avx2.h"
 //
 #include "ops.h"

@@ -10,16 +10,7 @@
 
 #define TAILORKV_ISA avx512_gfni
 #define TAILORKV_TABLES 1
-#include "element.h"
 #include "vec_avx512.h"
-//
-#include "common.h"
-//
-#include "ahead.h"
-//
-#include "lut.h"
-//
-#include "byte_lut.h"
 //
 #include "ops.h"
 

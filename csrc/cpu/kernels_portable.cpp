@@ -6,7 +6,6 @@
 
 #define TAILORKV_ISA portable
 #define TAILORKV_TABLES 0
-#include "element.h"
 #include "vec_portable.h"
 //
 #include "ops.h"

@@ -1,6 +1,8 @@
 // log_mass
 #pragma once
 
+#include "attention.h"
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

@@ -2,25 +2,16 @@
 // each instruction set, under the compiler options of that set.
 #pragma once
 
-#include "common.h"
-//
-#include "ahead.h"
-//
-#include "attention.h"
-#include "codes.h"
 #include "dense.h"
 #include "mass.h"
 #include "preference.h"
+#include "propose.h"
 #include "quantize.h"
+#include "refine.h"
+#include "score.h"
 #include "sparse.h"
 #include "topk.h"
 #include "write.h"
-//
-#include "channels.h"
-#include "refine.h"
-#include "score.h"
-//
-#include "propose.h"
 
 #define TAILORKV_STRING_OF(x) #x
 #define TAILORKV_STRING(x) TAILORKV_STRING_OF(x)

@@ -1,6 +1,8 @@
 // dense_preference
 #pragma once
 
+#include "attention.h"
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

@@ -1,6 +1,9 @@
 // propose_topk: score_tokens and select_topk in one pass, whose scores never leave the first cache.
 #pragma once
 
+#include "score.h"
+#include "topk.h"
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

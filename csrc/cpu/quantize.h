@@ -2,6 +2,8 @@
 // ties to even, and no contraction of a multiplication and an addition.
 #pragma once
 
+#include "common.h"
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

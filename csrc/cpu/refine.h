@@ -1,6 +1,10 @@
 // refine_topk: the candidates of a rough selection weighed by their true attention.
 #pragma once
 
+#include "attention.h"
+#include "channels.h"
+#include "topk.h"
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

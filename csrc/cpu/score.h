@@ -4,6 +4,14 @@
 //   give(i, task, head, position, scores, n)   n scores of tokens from `position` on, ascending
 #pragma once
 
+#include "ahead.h"
+#include "attention.h"
+#include "channels.h"
+#include "codes.h"
+#if TAILORKV_TABLES
+#include "byte_lut.h"
+#endif
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

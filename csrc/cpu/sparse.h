@@ -1,6 +1,8 @@
 // sparse_decode_attention
 #pragma once
 
+#include "attention.h"
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

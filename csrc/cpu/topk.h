@@ -5,6 +5,8 @@
 // loops over vectors without a branch.
 #pragma once
 
+#include "common.h"
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

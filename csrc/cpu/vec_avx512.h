@@ -3,6 +3,18 @@
 
 #include <immintrin.h>
 
+#include "kernels.h"
+#include "support.h"
+
+#define TAILORKV_VECTORS
+#ifndef TAILORKV_ISA
+// Opened by itself: a source that is compiled says both first.
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#define TAILORKV_ISA avx512
+#define TAILORKV_TABLES 0
+#endif
+#include "element.h"
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

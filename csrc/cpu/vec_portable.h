@@ -19,6 +19,10 @@
 
 #include <math.h>
 
+#include "element.h"
+
+#define TAILORKV_VECTORS
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

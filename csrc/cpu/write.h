@@ -1,6 +1,8 @@
 // write_kv
 #pragma once
 
+#include "common.h"
+
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 

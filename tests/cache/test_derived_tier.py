@@ -2,31 +2,40 @@
 
 A small model of vLLM's scheduler and block pool serves random requests: chunked prompts,
 decode steps with drafts of which some are rejected, shared prefixes, preemption, blocks in any
-order, memory full of garbage. The K and V of a token follow from the tokens up to it. The
-functions that `TailorKVImpl.forward` and the metadata builder call write the pages. After every
-step, the records of every complete group of every live request must be those of the reference,
-made from scratch.
+order, memory full of garbage. The K and V of a token follow from the tokens up to it. The metadata
+builder and `TailorKVImpl.forward` do each step, as in the engine. After it, the records of every
+complete group of every live request must be those of the reference, made from scratch, and
+placements must have given the same attention.
 """
 
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_tailorkv.attention.rows import completed_groups
-from vllm_tailorkv.cache.host_pool import allocate_host_pool
+from vllm_tailorkv.attention.impl import TailorKVImpl
+from vllm_tailorkv.attention.metadata import TailorKVMetadata, TailorKVMetadataBuilder
+from vllm_tailorkv.attention.spec import TailorKVSpec, layer_spec
 from vllm_tailorkv.cache.views import HostPages, derived_pages, host_pages
-from vllm_tailorkv.kernels import cpu, dispatch, ops, reference
+from vllm_tailorkv.kernels import cpu, dispatch, reference
 from vllm_tailorkv.kernels.types import DerivedPages
 from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
+from vllm_tailorkv.plan import make_plan
+from vllm_tailorkv.profile import ModelShape
 
 DTYPE = torch.bfloat16
-HEADS = 2
+HEADS, QUERY_HEADS = 2, 4
+LAYER = "model.layers.0.self_attn.attn"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,6 +82,7 @@ class Request:
     """Tokens (known by the hashes of all tokens up to them), and where their pages are."""
 
     def __init__(self, tokens: Sequence[int], generated: int, head_size: int) -> None:
+        self.prompt_length = len(tokens)
         self.final_length = len(tokens) + generated
         self.hashes = [0]  # and one for each token
         self.kv = torch.empty(0, 2, HEADS, head_size, dtype=DTYPE)
@@ -278,6 +288,8 @@ class Cache:
 
     layout: PageLayout
     raw: list[torch.Tensor]
+    impl: TailorKVImpl | None = None  # of what serves them; none for copies
+    kept: Any = None  # what vLLM holds, and our views hang from
     host: HostPages = field(init=False)
     derived: DerivedPages = field(init=False)
     records: torch.Tensor = field(init=False)
@@ -301,63 +313,145 @@ class Cache:
         return self.records[groups // per_block, groups % per_block, :, :used]
 
 
-def make_caches(layout: PageLayout, num_blocks: int, seed: int) -> list[Cache]:
-    """Each placement, with each order of K, full of garbage."""
-    generator = torch.Generator().manual_seed(seed)
-    caches = []
-    for key_layout in KeyLayout:
-        ours = PageLayout(
-            layout.kind,
-            layout.num_kv_heads,
-            layout.head_size,
-            layout.block_size,
-            layout.group_size,
-            layout.bits,
-            layout.kv_itemsize,
-            key_layout,
+@dataclass
+class Server:
+    """The layer of each placement with each order of K, full of garbage, and their builder."""
+
+    load: "Load"
+    kind: DerivedKind
+    num_blocks: int
+    caches: list[Cache] = field(init=False)
+    builder: TailorKVMetadataBuilder = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.load.seed)
+        self.caches = []
+        for placement in ("joint", "split"):
+            config = self.config(placement)
+            spec = layer_spec(
+                FullAttentionSpec(
+                    block_size=self.load.sizes[1],
+                    num_kv_heads=HEADS,
+                    head_size=self.load.head_size,
+                    dtype=DTYPE,
+                ),
+                LAYER,
+                config,
+            )
+            self.builder = TailorKVMetadataBuilder(spec, [LAYER], config, torch.device("cpu"))
+            # The other order of K is a GPU's, whose pages hold K once.
+            major = replace(spec.layout, key_layout=KeyLayout.TOKEN_MAJOR, key_rows=False)
+            for layout in (spec.layout, major):
+                self.caches.append(self.cache(replace(spec, layout=layout), config, generator))
+
+    def config(self, placement: str) -> Any:
+        """What of vLLM's configuration the layer and the builder read."""
+        model = ModelShape("test", "LlamaForCausalLM", 1, HEADS, self.load.head_size)
+        group_size, load = self.load.sizes[0], self.load
+        options = {
+            "profile": {"dense_layers": [0] if self.kind is DerivedKind.DENSE else []},
+            "index": "channels" if self.kind is DerivedKind.CHANNELS else "onebit",
+            "group_size": group_size,
+            "index_group_size": group_size,
+            "bits": load.bits,
+            "fit_codes": load.fit_codes,
+            "key_rows": load.key_rows,
+            "placement": placement,
+            # Short contexts too are served by the tailored ops.
+            "full_attention_below": 0,
+            **{"sink_tokens": 1, "recent_tokens": 3, "topk_tokens": 8, "residual_tokens": 20},
+        }
+        plan = make_plan(options, model)
+        assert plan.config.exact_below == 12
+        return SimpleNamespace(
+            additional_config={"tailorkv_plan": plan.as_json()},
+            compilation_config=SimpleNamespace(static_forward_context={}),
+            model_config=SimpleNamespace(get_num_attention_heads=lambda _: QUERY_HEADS),
+            parallel_config=None,
         )
-        joint = torch.empty(num_blocks, ours.host_bytes + ours.derived_bytes, dtype=torch.uint8)
-        derived = torch.empty(num_blocks, ours.derived_bytes, dtype=torch.uint8)
-        for raw in ([joint], [allocate_host_pool(num_blocks, ours), derived]):
-            for tensor in raw:
-                tensor.random_(0, 256, generator=generator)
-                tensor[::2] = 0xFF  # NaN in every dtype
-            caches.append(Cache(ours, raw))
-    return caches
+
+    def cache(self, spec: TailorKVSpec, config: Any, generator: torch.Generator) -> Cache:
+        layout = spec.layout
+        with set_current_vllm_config(VllmConfig(additional_config=config.additional_config)):
+            impl = TailorKVImpl(QUERY_HEADS, self.load.head_size, 0.1, HEADS)
+        impl.spec = spec
+        page = layout.derived_bytes + (0 if spec.split else layout.host_bytes)
+        given = torch.empty(self.num_blocks, page, dtype=torch.uint8)
+        kept = given.view(DTYPE).view(self.num_blocks, HEADS, spec.block_size, -1)
+        impl.bind(LAYER, kept)
+        assert impl.pages is not None
+        raw = [given]
+        if spec.split:
+            storage = impl.pages.host.value.untyped_storage()
+            pool = torch.empty(0, dtype=torch.uint8).set_(storage)
+            raw.insert(0, pool.view(self.num_blocks, layout.host_bytes))
+        for tensor in raw:
+            tensor.random_(0, 256, generator=generator)
+            tensor[::2] = 0xFF  # NaN in every dtype
+        return Cache(layout, raw, impl, kept)
 
 
-# ---- One step, as the implementation does it. ----
+# ---- One step, by the implementation. ----
 
 
-def run_step(
-    step: list[Work], caches: list[Cache], num_blocks: int, rng: random.Random
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write K and V, then derive what is complete: returns slots and groups."""
-    layout = caches[0].layout
-    block_size = layout.block_size
+def metadata_of(
+    step: list[Work], server: Server, rng: random.Random
+) -> tuple[TailorKVMetadata, torch.Tensor]:
+    """What the builder makes of a batch, and the slots of its tokens."""
+    block_size = server.load.sizes[1]
     width = max(len(work.request.blocks) for work in step) + 1
     table = torch.tensor(
         [
             # vLLM leaves the blocks of earlier requests beyond a row's own.
-            work.request.blocks + [rng.randrange(num_blocks)] * (width - len(work.request.blocks))
+            work.request.blocks
+            + [rng.randrange(server.num_blocks)] * (width - len(work.request.blocks))
             for work in step
         ],
         dtype=torch.int32,
     )
     slots = [slot for work in step for slot in work.request.slots(work.start, work.end, block_size)]
     mapping = torch.tensor(slots + [-1] * rng.randrange(3), dtype=torch.int64)
-    key, value = torch.cat([work.kv() for work in step]).unbind(1)
-    groups = completed_groups(
-        torch.tensor([work.end - work.start for work in step], dtype=torch.int32),
-        torch.tensor([work.end for work in step], dtype=torch.int32),
-        table,
-        layout.group_size,
-        block_size,
+    lengths = torch.tensor([work.end for work in step], dtype=torch.int32)
+    counts = torch.tensor([work.end - work.start for work in step], dtype=torch.int32)
+    starts = torch.zeros(len(step) + 1, dtype=torch.int32)
+    starts[1:] = counts.cumsum(0)
+    common = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lengths,
+        num_reqs=len(step),
+        num_actual_tokens=len(slots),
+        max_query_len=int(counts.max()),
+        max_seq_len=int(lengths.max()),
+        block_table_tensor=table,
+        slot_mapping=mapping,
+        is_prefilling=torch.tensor([w.start < w.request.prompt_length for w in step]),
     )
-    for cache in caches:
-        ops.write_kv(key, value, cache.host.key, cache.host.value, mapping)
-        ops.quantize_groups(groups, cache.host.key, cache.host.value, cache.derived)
-    return mapping[: len(slots)], groups
+    return server.builder.build(0, common), mapping[: len(slots)]
+
+
+def run_step(
+    step: list[Work], server: Server, rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do a step in every cache: returns slots and groups."""
+    metadata, slots = metadata_of(step, server, rng)
+    key, value = torch.cat([work.kv() for work in step]).unbind(1)
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    query = torch.randn(len(key), QUERY_HEADS, server.load.head_size, generator=generator)
+    query = query.to(DTYPE)
+    rows = metadata.decode
+    attended = []
+    for cache in server.caches:
+        output = torch.full_like(query, torch.nan)
+        layer: Any = None
+        assert cache.impl is not None
+        cache.impl.forward(layer, query, key, value, cache.kept, metadata, output)
+        if rows is not None:
+            attended.append(output if rows.tokens is None else output[rows.tokens])
+    for output, split in zip(attended[:2], attended[2:], strict=True):
+        assert output.isfinite().all()
+        assert torch.equal(output, split)
+    return slots, metadata.groups
 
 
 # ---- What must hold after a step. ----
@@ -367,11 +461,10 @@ def check_untouched(before: Cache, after: Cache, slots: torch.Tensor, groups: to
     """Every byte but those of the slots and records written is what it was."""
     layout, restored = before.layout, after.clone()
     blocks, offsets = slots // layout.block_size, slots % layout.block_size
-    for pages, old in (
-        (restored.host.key, before.host.key),
-        (restored.host.value, before.host.value),
-    ):
-        pages[blocks, :, offsets] = old[blocks, :, offsets]
+    for name in ("key", "value", "key_rows"):
+        pages, old = getattr(restored.host, name), getattr(before.host, name)
+        if pages is not None:
+            pages[blocks, :, offsets] = old[blocks, :, offsets]
     per_block = layout.groups_per_block
     where = (groups // per_block, groups % per_block)
     restored.records[where] = before.records[where]
@@ -382,8 +475,8 @@ def check_untouched(before: Cache, after: Cache, slots: torch.Tensor, groups: to
 class Truth:
     """Records by the hash of their group's last token, made by the reference."""
 
-    def __init__(self, layout: PageLayout) -> None:
-        self.layout = layout
+    def __init__(self, layout: PageLayout, fit_codes: bool) -> None:
+        self.layout, self.fit_codes = layout, fit_codes
         self.known: dict[int, torch.Tensor] = {}
 
     def records(self, ends: list[tuple[Request, int]]) -> torch.Tensor:
@@ -401,7 +494,8 @@ class Truth:
             page.host.key[0, :, :size] = key
             page.host.value[0, :, :size] = value
             group = torch.tensor([0])
-            reference.quantize_groups(group, page.host.key, page.host.value, page.derived)
+            pages = (page.host.key, page.host.value, page.derived)
+            reference.quantize_groups(group, *pages, self.fit_codes)
             self.known[name] = page.records_of(group)[0].clone()
         return self.known[name]
 
@@ -431,16 +525,19 @@ def check_live(live: list[Request], caches: list[Cache], truth: Truth) -> None:
     for cache in caches:
         assert torch.equal(cache.host.key[where], key)
         assert torch.equal(cache.host.value[where], value)
+        if cache.host.key_rows is not None:
+            assert torch.equal(cache.host.key_rows[where], key)
         if ends:
             assert torch.equal(cache.records_of(groups), truth.records(ends))
 
 
-def check_from_scratch(live: list[Request], cache: Cache) -> None:
+def check_from_scratch(live: list[Request], cache: Cache, fit_codes: bool) -> None:
     """The same once more without the truth: from the host pages as they are."""
     groups, _ = complete_groups(live, cache.layout)
     fresh = cache.clone()
     fresh.records.fill_(0xAA)
-    reference.quantize_groups(groups, fresh.host.key, fresh.host.value, fresh.derived)
+    pages = (fresh.host.key, fresh.host.value, fresh.derived)
+    reference.quantize_groups(groups, *pages, fit_codes)
     assert torch.equal(cache.records_of(groups), fresh.records_of(groups))
 
 
@@ -454,6 +551,8 @@ class Load:
     sizes: tuple[int, int]  # of a group, of a block
     head_size: int
     bits: int
+    fit_codes: bool
+    key_rows: bool
     num_requests: int
     spare_blocks: int  # beyond what the largest request needs
     max_tokens: int  # of a step
@@ -465,8 +564,10 @@ class Load:
 loads = st.builds(
     Load,
     sizes=st.sampled_from([(32, 64), (32, 32), (32, 96), (64, 64), (64, 128)]),
-    head_size=st.sampled_from([32, 40]),
+    head_size=st.sampled_from([32, 80]),
     bits=st.sampled_from([1, 2, 4]),
+    fit_codes=st.booleans(),
+    key_rows=st.booleans(),
     num_requests=st.sampled_from([5, 4, 3, 2]),
     spare_blocks=st.sampled_from([1, 3, 6, 0]),
     max_tokens=st.sampled_from([130, 17, 64, 512]),
@@ -491,15 +592,13 @@ def make_requests(load: Load, rng: random.Random) -> list[Request]:
 def serve(load: Load, kind: DerivedKind) -> Scheduler:
     """Serve a load to its end, checking after every step."""
     rng = random.Random(load.seed)
-    group_size, block_size = load.sizes
-    layout = PageLayout(
-        kind, HEADS, load.head_size, block_size, group_size, load.bits, DTYPE.itemsize
-    )
+    block_size = load.sizes[1]
     requests = make_requests(load, rng)
     longest = max(request.final_length for request in requests)
     num_blocks = 1 + -(-(longest + load.max_drafts) // block_size) + load.spare_blocks
-    caches = make_caches(layout, num_blocks, load.seed)
-    truth = Truth(layout)
+    server = Server(load, kind, num_blocks)
+    caches = server.caches
+    truth = Truth(caches[0].layout, load.fit_codes)
     pool = BlockPool(num_blocks, rng, caching=load.caching)
     arriving = list(requests)
     scheduler = Scheduler(pool, block_size, load.max_tokens, load.max_drafts, rng, [])
@@ -513,13 +612,13 @@ def serve(load: Load, kind: DerivedKind) -> Scheduler:
         rng.shuffle(step)  # the rows of a batch come in any order
         check_bytes = steps % 5 == 0
         before = [cache.clone() for cache in caches] if check_bytes else []
-        slots, groups = run_step(step, caches, num_blocks, rng)
+        slots, groups = run_step(step, server, rng)
         for old, cache in zip(before, caches if check_bytes else [], strict=True):
             check_untouched(old, cache, slots, groups)
         scheduler.sample(step)
         check_live(scheduler.running, caches, truth)
         if steps % 8 == 0:
-            check_from_scratch(scheduler.running, caches[steps // 8 % len(caches)])
+            check_from_scratch(scheduler.running, caches[steps // 8 % len(caches)], load.fit_codes)
         scheduler.let_finished_go()
         steps += 1
     assert sorted(pool.free) == list(range(1, num_blocks))
@@ -535,7 +634,7 @@ def test_records_are_a_pure_function_of_host_pages(kind: DerivedKind, load: Load
 
 def test_the_model_does_what_vllm_does() -> None:
     """Prefixes are hit, drafts accepted, requests preempted."""
-    load = Load((32, 64), 32, 2, 5, 1, 512, 4, caching=True, seed=5)
+    load = Load((32, 64), 32, 2, True, True, 5, 1, 512, 4, caching=True, seed=5)
     scheduler = serve(load, DerivedKind.ONEBIT)
     assert scheduler.hits > 0
     assert scheduler.accepted > 0
