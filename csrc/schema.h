@@ -11,7 +11,7 @@ inline constexpr const char* kSchemas[] = {
     "bool fit=True) -> ()",
     "quantized_decode_attention(Tensor(a!) output, Tensor query, Tensor key_cache, "
     "Tensor value_cache, Tensor[] codes, Tensor block_table, Tensor seq_lens, "
-    "Tensor num_quantized, float scale, float softcap) -> ()",
+    "Tensor tail_start, float scale, float softcap) -> ()",
     "log_mass(Tensor(a!) mass, Tensor query, Tensor key_cache, Tensor block_table, "
     "Tensor seq_lens, Tensor tail_start, int sink_tokens, float scale, float softcap) -> ()",
     "score_tokens(Tensor(a!) scores, Tensor query, Tensor[] index, Tensor key_cache, "
@@ -21,7 +21,7 @@ inline constexpr const char* kSchemas[] = {
     "propose_topk(Tensor(a!) indices, Tensor query, Tensor[] index, Tensor key_cache, "
     "Tensor block_table, Tensor tail_start, Tensor offset, int sink_tokens, "
     "int critical_channels, int max_tail_start) -> ()",
-    "refine_topk(Tensor(a!) indices, Tensor candidates, Tensor query, Tensor key_cache, "
+    "rerank_topk(Tensor(a!) indices, Tensor candidates, Tensor query, Tensor key_cache, "
     "Tensor block_table, Tensor mass, int channels, float scale, float softcap) -> ()",
     "retrieve_topk(Tensor(a!) indices, Tensor query, Tensor[] index, Tensor key_cache, "
     "Tensor gathered_key, Tensor block_table, Tensor seq_lens, Tensor tail_start, "

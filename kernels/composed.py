@@ -91,7 +91,7 @@ def retrieve_topk(
         max_tail_start=max_tail_start,
     )
     if reranked:
-        ops.refine_topk(
+        ops.rerank_topk(
             indices,
             found,
             query,

@@ -26,7 +26,7 @@ OPS = (
     "score_tokens",
     "select_topk",
     "propose_topk",
-    "refine_topk",
+    "rerank_topk",
     "retrieve_topk",
     "sparse_decode_attention",
     "dense_preference",

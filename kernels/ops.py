@@ -82,7 +82,7 @@ def quantized_decode_attention(
     codes: DenseCodes,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    num_quantized: torch.Tensor,
+    tail_start: torch.Tensor,
     *,
     scale: float,
     softcap: float = 0.0,
@@ -98,8 +98,8 @@ def quantized_decode_attention(
         codes: K and V codes of the same blocks.
         block_table: int32 [R, max_blocks].
         seq_lens: int32 [R]; tokens in context; 0 for a row of padding, whose output is 0.
-        num_quantized: int32 [R], a multiple of g, at most `seq_lens`: tokens
-            `[0, num_quantized)` are read from codes, the rest from the host.
+        tail_start: int32 [R], a multiple of g, at most `seq_lens`: tokens
+            `[0, tail_start)` are read from codes, the rest from the host.
         scale: factor on q.k before the softmax.
         softcap: if positive, scores become `softcap * tanh(score / softcap)`.
     """
@@ -111,7 +111,7 @@ def quantized_decode_attention(
         codes,
         block_table,
         seq_lens,
-        num_quantized,
+        tail_start,
         scale,
         softcap,
     )
@@ -254,7 +254,7 @@ def propose_topk(
     )
 
 
-def refine_topk(
+def rerank_topk(
     indices: torch.Tensor,
     candidates: torch.Tensor,
     query: torch.Tensor,
@@ -287,7 +287,7 @@ def refine_topk(
         scale: factor on q.k before the softmax.
         softcap: if positive, scores become `softcap * tanh(score / softcap)`.
     """
-    implementation("refine_topk", key_cache)(
+    implementation("rerank_topk", key_cache)(
         indices, candidates, query, key_cache, block_table, mass, channels, scale, softcap
     )
 
@@ -317,7 +317,7 @@ def retrieve_topk(
     query head of the KV head, each measured against what that head pays elsewhere (`log_mass`).
     Only that measure heeds a soft cap: rough scores are not capped. Else it is scored once, with
     the mean of the heads. `propose_topk` finds so many candidates; where they are more than k,
-    `refine_topk` takes those that weigh most.
+    `rerank_topk` takes those that weigh most.
 
     Args:
         indices: int32 [R, Hk, k], as of `select_topk`.
@@ -327,7 +327,7 @@ def retrieve_topk(
         block_table: int32 [R, max_blocks].
         seq_lens, tail_start: int32 [R].
         candidates: how many tokens are proposed, at least k.
-        channels, scale, softcap: as of `refine_topk`.
+        channels, scale, softcap: as of `rerank_topk`.
         every_head: see above; the same to a KV head with one query head.
     """
     implementation("retrieve_topk", key_cache)(

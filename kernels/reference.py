@@ -233,7 +233,7 @@ def quantized_decode_attention(
     codes: DenseCodes,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    num_quantized: torch.Tensor,
+    tail_start: torch.Tensor,
     scale: float,
     softcap: float,
 ) -> None:
@@ -241,9 +241,7 @@ def quantized_decode_attention(
     _, _, block_size, head_size = key_cache.shape
     group_size = block_size // codes.key.scale.shape[2]
     bits = codes.key.codes.shape[4] * 8 // group_size
-    for row, (length, coded) in enumerate(
-        zip(seq_lens.tolist(), num_quantized.tolist(), strict=True)
-    ):
+    for row, (length, coded) in enumerate(zip(seq_lens.tolist(), tail_start.tolist(), strict=True)):
         key = gather_rows(key_cache, block_table[row], length)
         value = gather_rows(value_cache, block_table[row], length)
         for i in range(math.ceil(coded / block_size)):
@@ -344,7 +342,7 @@ def select_topk(
         indices[row, :, : best.shape[1]] = best.to(torch.int32)
 
 
-def refine_topk(
+def rerank_topk(
     indices: torch.Tensor,
     candidates: torch.Tensor,
     query: torch.Tensor,
@@ -355,7 +353,7 @@ def refine_topk(
     scale: float,
     softcap: float,
 ) -> None:
-    """See `ops.refine_topk`."""
+    """See `ops.rerank_topk`."""
     _, num_kv_heads, block_size, _ = key_cache.shape
     indices.fill_(-1)
     for row in range(query.shape[0]):

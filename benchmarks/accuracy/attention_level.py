@@ -63,7 +63,7 @@ class Observer:
         self._step += 1
         if (self._step - 1) % self.every == 0:
             for row, (length, tail) in enumerate(
-                zip(rows.seq_lens.tolist(), rows.boundary.tolist(), strict=True)
+                zip(rows.seq_lens.tolist(), rows.tail_start.tolist(), strict=True)
             ):
                 table = rows.block_table[row]
                 key = context_of(layer.pages.host.key, table, length)

@@ -70,12 +70,12 @@ class Policy:
             layer.pages.host.key,
             rows.block_table,
             rows.seq_lens,
-            rows.boundary,
+            rows.tail_start,
             sink_tokens=sinks,
             scale=layer.scale,
         )
         chosen, middles = [], {}
-        for row, end in enumerate(rows.boundary.tolist()):
+        for row, end in enumerate(rows.tail_start.tolist()):
             place = self._place(layer, rows.block_table[row], end)
             middle = self._middles.get(place)
             if middle is None:

@@ -134,7 +134,7 @@ class Request:
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     tail_start: torch.Tensor
-    num_quantized: torch.Tensor
+    coded: torch.Tensor
     mass: torch.Tensor
     scores: torch.Tensor
     candidates: torch.Tensor
@@ -159,6 +159,7 @@ def make_request(pool: Pool, context: int, batch: int) -> Request:
     query = torch.randn(batch, HEADS, HEAD_SIZE, device=device).to(DTYPE)
     lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
     size = pool.layout.group_size
+    # As `attention.rows.tail_starts`, whose requirements a bare GPU machine lacks.
     tail = torch.minimum(lengths - RECENT, lengths // size * size)
     coded = (lengths - RESIDUAL).clamp(min=0) // size * size
     return Request(
@@ -213,13 +214,13 @@ def select(request: Request) -> None:
 
 
 def ranked_channels(pool: Pool) -> int:
-    """Channels that `refine` reads: as the backend does, fewer where each is a cache line."""
+    """Channels that `rerank` reads: as the backend does, fewer where each is a cache line."""
     return HEAD_SIZE if pool.layout.key_layout is KeyLayout.TOKEN_MAJOR else HEAD_SIZE * 3 // 8
 
 
-def refine(pool: Pool, request: Request) -> None:
-    """`refine_topk`."""
-    find_op("refine_topk", request.query.device).function(
+def rerank(pool: Pool, request: Request) -> None:
+    """`rerank_topk`."""
+    find_op("rerank_topk", request.query.device).function(
         request.indices,
         request.candidates,
         request.query,
@@ -251,7 +252,7 @@ def run_sparse_layer(pool: Pool, request: Request) -> None:
     weigh(pool, request)
     score(pool, request)
     select(request)
-    refine(pool, request)
+    rerank(pool, request)
     attend_sparse(pool, request)
 
 
@@ -262,7 +263,7 @@ def run_dense_layer(pool: Pool, request: Request) -> None:
         pool.derived,
         request.block_table,
         request.seq_lens,
-        request.num_quantized,
+        request.coded,
         SCALE,
         0.0,
     )

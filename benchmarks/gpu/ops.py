@@ -48,7 +48,7 @@ from layers import (
     make_pool,
     make_request,
     ranked_channels,
-    refine,
+    rerank,
     run_dense_layer,
     run_sparse_layer,
     score,
@@ -260,7 +260,7 @@ def dense_error(pool: Pool, request: Request) -> float:
     storage = pool.derived[0].codes.untyped_storage()
     raw = torch.empty(0, dtype=torch.uint8, device=request.query.device).set_(storage)
     derived = derived_pages(raw.cpu().view(pool.num_blocks, -1), pool.layout, DTYPE)
-    rest = (request.block_table, request.seq_lens, request.num_quantized)
+    rest = (request.block_table, request.seq_lens, request.coded)
     reference.quantized_decode_attention(
         output,
         request.query[:1].cpu(),
@@ -279,7 +279,7 @@ def measure_sparse(
     """The ops of a sparse layer, then the layer."""
     kind = pool.layout.kind.value
     requests = [make_request(pool, context, batch) for _ in range(run.turns)]
-    used = ("log_mass", "score_tokens", "select_topk", "refine_topk")
+    used = ("log_mass", "score_tokens", "select_topk", "rerank_topk")
     names = {op: find_op(op, run.device).name for op in used}
     attend = find_op("sparse_decode_attention", run.device).name
     tokens = batch * context
@@ -299,9 +299,9 @@ def measure_sparse(
     calls = [partial(select, r) for r in requests]
     size = tokens * KV_HEADS * 4
     write_op(run, floors, "select_topk", names["select_topk"], calls, hbm=size, **where)
-    calls = [partial(refine, pool, r) for r in requests]
+    calls = [partial(rerank, pool, r) for r in requests]
     size = batch * CANDIDATES * KV_HEADS * ranked_channels(pool) * DTYPE.itemsize
-    write_op(run, floors, f"refine_topk {kind}", names["refine_topk"], calls, pcie=size, **where)
+    write_op(run, floors, f"rerank_topk {kind}", names["rerank_topk"], calls, pcie=size, **where)
     size = batch * (SINKS + SELECTED + tail) * FULL_BYTES
     calls = [partial(attend_sparse, pool, r) for r in requests]
     write_op(run, floors, "sparse_decode_attention", attend, calls, pcie=size, **where)

@@ -211,7 +211,7 @@ def calls(case: Case) -> Iterator[Callable[[], Any]]:
             candidates = torch.zeros(rows, heads, count, dtype=torch.int32)
             for channels in (case.head_size, case.head_size * 3 // 8):
                 arguments = (indices, candidates, query, host.key, table, mass, channels, 0.1, 0.0)
-                yield partial(kernels.refine_topk, *arguments)
+                yield partial(kernels.rerank_topk, *arguments)
 
 
 def main() -> int:

@@ -121,19 +121,19 @@ template <bool Run>
 void quantized_decode_attention(const Tensor& output, const Tensor& query, const Tensor& key_cache,
                                 const Tensor& value_cache, const std::vector<Tensor>& codes,
                                 const Tensor& block_table, const Tensor& seq_lens,
-                                const Tensor& num_quantized, double scale, double softcap) {
+                                const Tensor& tail_start, double scale, double softcap) {
   const Contract contract("quantized_decode_attention");
   Axes axes;
   check_decode(contract, query, key_cache, value_cache, block_table, seq_lens, axes);
   check_output(contract, output, key_cache.scalar_type(), axes);
   const Grouping grouping = check_dense(contract, codes, axes);
-  check_row_values(contract, num_quantized, "num_quantized", axes);
+  check_row_values(contract, tail_start, "tail_start", axes);
   if (!Run) return;
   const Decode decode = decode_of(contract, axes, output, query, key_cache, value_cache,
                                   block_table, seq_lens, scale, softcap);
   kernels().quantized_decode_attention(
       {decode, grouping, codes_of(contract, codes, 0), codes_of(contract, codes, 3),
-       row_values_of(contract, num_quantized, "num_quantized", room(axes))});
+       row_values_of(contract, tail_start, "tail_start", room(axes))});
 }
 
 template <bool Run>
@@ -288,10 +288,10 @@ void select_topk(const Tensor& indices, const Tensor& scores, const Tensor& tail
 }
 
 template <bool Run>
-void refine_topk(const Tensor& indices, const Tensor& candidates, const Tensor& query,
+void rerank_topk(const Tensor& indices, const Tensor& candidates, const Tensor& query,
                  const Tensor& key_cache, const Tensor& block_table, const Tensor& mass,
                  int64_t channels, double scale, double softcap) {
-  const Contract contract("refine_topk");
+  const Contract contract("rerank_topk");
   Axes axes;
   Axis k{"k"}, C{"C"};
   contract.floating(key_cache, "key_cache");
@@ -306,7 +306,7 @@ void refine_topk(const Tensor& indices, const Tensor& candidates, const Tensor& 
   const BlockTable table = block_table_of(contract, block_table);
   const auto* proposed = data<const int32_t>(contract, candidates, "candidates");
   check_tokens(contract, axes, proposed, C.size, "candidates", table);
-  kernels().refine_topk({dtype_of(key_cache), shape_of(axes), static_cast<int32_t>(axes.R.size),
+  kernels().rerank_topk({dtype_of(key_cache), shape_of(axes), static_cast<int32_t>(axes.R.size),
                          static_cast<int32_t>(axes.H.size), static_cast<int32_t>(k.size),
                          static_cast<int32_t>(C.size), data<int32_t>(contract, indices, "indices"),
                          proposed, data<const void>(contract, query, "query"),
@@ -405,7 +405,7 @@ void retrieve_topk(const Tensor& indices, const Tensor& query, const std::vector
                    std::min(max_tail_start, room(axes))),
           index, key_cache, critical_channels, found, proposed);
   if (!reranked) return;
-  kernels().refine_topk({decode.dtype, decode.shape, decode.rows, decode.query_heads,
+  kernels().rerank_topk({decode.dtype, decode.shape, decode.rows, decode.query_heads,
                          static_cast<int32_t>(k.size), proposed, chosen, found, decode.query,
                          decode.key_cache, decode.block_table, mass, static_cast<int32_t>(channels),
                          decode.scale, decode.softcap});
@@ -479,7 +479,7 @@ STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
   m.impl("score_tokens", TORCH_BOX(&tailorkv::score_tokens<run>));                             \
   m.impl("propose_topk", TORCH_BOX(&tailorkv::propose_topk<run>));                             \
   m.impl("select_topk", TORCH_BOX(&tailorkv::select_topk<run>));                               \
-  m.impl("refine_topk", TORCH_BOX(&tailorkv::refine_topk<run>));                               \
+  m.impl("rerank_topk", TORCH_BOX(&tailorkv::rerank_topk<run>));                               \
   m.impl("retrieve_topk", TORCH_BOX(&tailorkv::retrieve_topk<run>));                           \
   m.impl("sparse_decode_attention", TORCH_BOX(&tailorkv::sparse_decode_attention<run>));       \
   m.impl("dense_preference", TORCH_BOX(&tailorkv::dense_preference<run>))

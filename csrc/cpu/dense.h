@@ -121,7 +121,7 @@ void quantized_decode(const QuantizedDecode& op) {
     HeadView view = head_view(decode, queries, task);
     Partial partial = partial_at(partials + i * size, group_heads);
     clear(partial, group_heads, d);
-    const int64_t coded = op.num_quantized[task.row];
+    const int64_t coded = op.tail_start[task.row];
     const int64_t units = smaller(task.end, coded / g);
     for (int64_t unit = task.begin; unit < units; ++unit) {
       Ahead ahead;

@@ -89,7 +89,7 @@ struct QuantizedDecode {
   Decode decode;
   Grouping grouping;
   Codes key, value;
-  const int32_t* num_quantized;  // [R]
+  const int32_t* tail_start;  // [R]
 };
 
 struct SparseDecode {
@@ -154,7 +154,7 @@ struct SelectTopk {
   int32_t sink_tokens;
 };
 
-struct RefineTopk {
+struct RerankTopk {
   Dtype dtype;
   Shape shape;
   int32_t rows, query_heads, k, candidate_count;  // R, H, k, C
@@ -192,7 +192,7 @@ struct Kernels {
   void (*select_topk)(const SelectTopk&);
   void (*propose_onebit)(const ProposeOnebit&);
   void (*propose_channels)(const ProposeChannels&);
-  void (*refine_topk)(const RefineTopk&);
+  void (*rerank_topk)(const RerankTopk&);
   void (*sparse_decode_attention)(const SparseDecode&);
   void (*dense_preference)(const DensePreference&);
 };

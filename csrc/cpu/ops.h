@@ -7,7 +7,7 @@
 #include "preference.h"
 #include "propose.h"
 #include "quantize.h"
-#include "refine.h"
+#include "rerank.h"
 #include "score.h"
 #include "sparse.h"
 #include "topk.h"
@@ -23,5 +23,5 @@
    TAILORKV_ISA::log_mass,        TAILORKV_ISA::score_onebit,               \
    TAILORKV_ISA::score_channels,  TAILORKV_ISA::select_topk,                \
    TAILORKV_ISA::propose_onebit,  TAILORKV_ISA::propose_channels,           \
-   TAILORKV_ISA::refine_topk,     TAILORKV_ISA::sparse_decode_attention,    \
+   TAILORKV_ISA::rerank_topk,     TAILORKV_ISA::sparse_decode_attention,    \
    TAILORKV_ISA::dense_preference}

@@ -20,7 +20,7 @@ _MODULES = {
     "quantized_decode_attention": "dense",
     "log_mass": "mass",
     "score_tokens": "score",
-    "refine_topk": "refine",
+    "rerank_topk": "rerank",
     "sparse_decode_attention": "sparse",
     "dense_preference": "preference",
 }

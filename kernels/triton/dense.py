@@ -233,7 +233,7 @@ def _attend_codes(
     block_table,  # int32 [R, max_blocks]
     table_row,
     seq_lens,  # int32 [R]
-    num_quantized,  # int32 [R]
+    tail_start,  # int32 [R]
     factor,
     cap,
     CAPPED: tl.constexpr,
@@ -260,7 +260,7 @@ def _attend_codes(
     parts, part = tl.num_programs(0), tl.program_id(0)
     row_head = row * tl.num_programs(1) + head
     table = block_table + row * table_row
-    coded = tl.load(num_quantized + row)
+    coded = tl.load(tail_start + row)
     if part < TAIL_PARTS:
         tail_heads, channels = tl.arange(0, TAIL_ROWS), tl.arange(0, CHANNELS)
         tail_best, tail_total, tail_output = _attend_tail(
@@ -381,7 +381,7 @@ def quantized_decode_attention(
     codes: DenseCodes,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    num_quantized: torch.Tensor,
+    tail_start: torch.Tensor,
     scale: float,
     softcap: float,
 ) -> None:
@@ -412,7 +412,7 @@ def quantized_decode_attention(
         block_table,
         block_table.stride(0),
         seq_lens,
-        num_quantized,
+        tail_start,
         **score_factors(scale, softcap),
         BLOCK_SIZE=block_size,
         HEAD_SIZE=head_size,

@@ -352,7 +352,7 @@ def test_select_topk(each_isa, case, longest):
 
 @few_shapes
 @given(case=cases(), count=st.integers(1, 400))
-def test_refine_topk(build_context, each_isa, case, count):
+def test_rerank_topk(build_context, each_isa, case, count):
     make = Maker(case)
     context = build_context(case.lengths, case.seed, **case.layout)
     query, candidates = make.query(), make.some_of(context.seq_lens, count)
@@ -368,7 +368,7 @@ def test_refine_topk(build_context, each_isa, case, count):
     options = {"channels": channels, "scale": case.scale, "softcap": case.softcap}
     for isa in each_isa(case):
         indices = make.nothing(*candidates.shape[:2], case.k, dtype=torch.int32)
-        ops.refine_topk(indices, *rest, **options)
+        ops.rerank_topk(indices, *rest, **options)
         for chosen, there in zip(indices.flatten(0, 1), candidates.flatten(0, 1), strict=True):
             kept = chosen[chosen >= 0].tolist()
             assert len(kept) == min(case.k, int((there >= 0).sum())), isa

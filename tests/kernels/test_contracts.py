@@ -30,7 +30,7 @@ OPS = (
     "select_topk",
     "propose_onebit",
     "propose_channels",
-    "refine_topk",
+    "rerank_topk",
     "retrieve_onebit",
     "retrieve_channels",
     "sparse_decode_attention",
@@ -102,7 +102,7 @@ def arguments(build_context: Callable[..., Any]) -> Callable[[str], dict[str, An
                 **pages,
                 "codes": derived,
                 **rows,
-                "num_quantized": tail,
+                "tail_start": tail,
                 **softmax,
             },
             "log_mass": {
@@ -122,7 +122,7 @@ def arguments(build_context: Callable[..., Any]) -> Callable[[str], dict[str, An
                 "sink_tokens": 8,
             },
             "propose_topk": {"indices": indices.clone(), **score, "max_tail_start": most},
-            "refine_topk": {
+            "rerank_topk": {
                 "indices": indices[..., :4].contiguous(),
                 "candidates": indices,
                 "query": query,
@@ -239,8 +239,8 @@ BROKEN: list[tuple[str, str, Callable[[Any], Any]]] = [
     ("quantized_decode_attention", "block_table", strided),
     ("quantized_decode_attention", "block_table", lambda x: x[:, :1]),
     ("quantized_decode_attention", "seq_lens", lambda x: x + 10_000),
-    ("quantized_decode_attention", "num_quantized", lambda x: x + 9_984),
-    ("quantized_decode_attention", "num_quantized", halved(0)),
+    ("quantized_decode_attention", "tail_start", lambda x: x + 9_984),
+    ("quantized_decode_attention", "tail_start", halved(0)),
     ("log_mass", "mass", halved(1)),
     ("log_mass", "mass", wide),
     ("log_mass", "seq_lens", lambda x: x + 10_000),
@@ -269,15 +269,15 @@ BROKEN: list[tuple[str, str, Callable[[Any], Any]]] = [
     ("propose_onebit", "max_tail_start", number(10)),
     ("propose_onebit", "tail_start", lambda x: x + 10_000),
     ("propose_channels", "indices", halved(0)),
-    ("refine_topk", "candidates", halved(0)),
-    ("refine_topk", "candidates", halved(1)),
-    ("refine_topk", "indices", halved(0)),
-    ("refine_topk", "indices", wide),
-    ("refine_topk", "query", halved(2)),
-    ("refine_topk", "query", lambda x: x[:, :3].contiguous()),
-    ("refine_topk", "mass", halved(0)),
-    ("refine_topk", "channels", number(0)),
-    ("refine_topk", "channels", number(SIZE + 1)),
+    ("rerank_topk", "candidates", halved(0)),
+    ("rerank_topk", "candidates", halved(1)),
+    ("rerank_topk", "indices", halved(0)),
+    ("rerank_topk", "indices", wide),
+    ("rerank_topk", "query", halved(2)),
+    ("rerank_topk", "query", lambda x: x[:, :3].contiguous()),
+    ("rerank_topk", "mass", halved(0)),
+    ("rerank_topk", "channels", number(0)),
+    ("rerank_topk", "channels", number(SIZE + 1)),
     ("retrieve_onebit", "indices", halved(1)),
     ("retrieve_onebit", "candidates", number(K - 1)),
     ("retrieve_onebit", "gathered_key", halved(0)),
@@ -294,7 +294,7 @@ BROKEN: list[tuple[str, str, Callable[[Any], Any]]] = [
     ("dense_preference", "query", lambda x: x[:0]),
     ("dense_preference", "alpha", number(0.0)),
 ]
-LENGTHS_OF = ("seq_lens", "num_quantized", "tail_start", "max_tail_start", "scores", "block_table")
+LENGTHS_OF = ("seq_lens", "tail_start", "tail_start", "max_tail_start", "scores", "block_table")
 """Arguments whose lengths are held against values, which fakes do not have."""
 
 
@@ -336,8 +336,8 @@ VALUES = [
     ("log_mass", "block_table", lambda x: x - 1_000, "block_table"),
     ("score_onebit", "block_table", lambda x: x + 1_000, "block_table"),
     ("propose_channels", "block_table", lambda x: x + 1_000, "block_table"),
-    ("refine_topk", "candidates", lambda x: x + 10_000, "candidates"),
-    ("refine_topk", "block_table", lambda x: x + 1_000, "candidates"),
+    ("rerank_topk", "candidates", lambda x: x + 10_000, "candidates"),
+    ("rerank_topk", "block_table", lambda x: x + 1_000, "candidates"),
     ("retrieve_onebit", "block_table", lambda x: x + 1_000, "block_table"),
     ("sparse_decode_attention", "indices", lambda x: x + 10_000, "indices"),
 ]

@@ -28,7 +28,7 @@ CASES = [
 ]
 
 
-def run(function, context, query, num_quantized, softcap=0.0):
+def run(function, context, query, tail_start, softcap=0.0):
     output = torch.full_like(query, float("nan"))
     function(
         output,
@@ -38,7 +38,7 @@ def run(function, context, query, num_quantized, softcap=0.0):
         context.cache.derived,
         context.block_table,
         context.seq_lens,
-        num_quantized,
+        tail_start,
         query.shape[2] ** -0.5,
         softcap,
     )
@@ -76,9 +76,9 @@ def test_equals_reference(
     )
     query = torch.randn(len(LENGTHS), heads * per_head, head_size).to(dtype)
     residual = (context.seq_lens - 128).clamp(min=0) // group_size * group_size
-    for num_quantized in (context.complete, residual.int(), torch.zeros_like(residual)):
-        expected = run(reference.quantized_decode_attention, context, query, num_quantized, softcap)
-        actual = run(fast.quantized_decode_attention, context, query, num_quantized, softcap)
+    for tail_start in (context.complete, residual.int(), torch.zeros_like(residual)):
+        expected = run(reference.quantized_decode_attention, context, query, tail_start, softcap)
+        actual = run(fast.quantized_decode_attention, context, query, tail_start, softcap)
         limit = TOLERANCE[dtype] if fast is cpu_module else max(TWO_PARTS, TOLERANCE[dtype])
         assert error_of(actual, expected) < limit
 
@@ -151,7 +151,7 @@ def test_arguments(build_context):
         (1, query.float(), "query must be bfloat16, is float32"),
         (5, context.block_table.long(), "block_table"),
         (6, context.seq_lens.long(), "seq_lens"),
-        (7, context.complete.repeat(2), "num_quantized"),
+        (7, context.complete.repeat(2), "tail_start"),
     ):
         changed = list(arguments)
         changed[position] = wrong

@@ -101,7 +101,7 @@ def test_token_indices(counts: list[int], data: st.DataObject) -> None:
     residual=st.integers(0, 300),
     recent=st.integers(1, 300),
 )
-def test_boundary_of_the_exact_tail(
+def test_where_the_exact_tail_starts(
     kind: DerivedKind, length: int, group_size: int, residual: int, recent: int
 ) -> None:
     """What lies before it is in complete groups, and the newest tokens lie after it."""
@@ -114,9 +114,9 @@ def test_boundary_of_the_exact_tail(
     )
     assume(length > config.exact_below)  # else it is attended in full
     lengths = torch.tensor([length], dtype=torch.int32)
-    boundary = tail_starts(lengths, kind, group_size, config)
-    assert boundary.dtype == torch.int32
-    start = int(boundary)
+    found = tail_starts(lengths, kind, group_size, config)
+    assert found.dtype == torch.int32
+    start = int(found)
     complete = length // group_size * group_size
     assert 0 <= start <= complete
     if kind is DerivedKind.DENSE:

@@ -191,7 +191,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
                 derived,
                 rows.block_table,
                 rows.seq_lens,
-                rows.boundary,
+                rows.tail_start,
                 scale=self.scale,
                 softcap=self.softcap,
             )
@@ -206,7 +206,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
                 indices,
                 rows.block_table,
                 rows.seq_lens,
-                rows.boundary,
+                rows.tail_start,
                 sink_tokens=self.config.sink_tokens,
                 scale=self.scale,
                 softcap=self.softcap,

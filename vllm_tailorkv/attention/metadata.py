@@ -49,16 +49,16 @@ class DecodeRows:
 
     tokens: int64 [R], their query tokens in the batch; None if they are all of it.
     seq_lens: int32 [R]; block_table: int32 [R, max_blocks].
-    boundary: int32 [R]; a dense layer reads codes before it, a sparse layer's exact tail
+    tail_start: int32 [R]; a dense layer reads codes before it, a sparse layer's exact tail
         starts there.
-    max_boundary: the largest of them.
+    max_tail_start: the largest of them.
     """
 
     tokens: torch.Tensor | None
     seq_lens: torch.Tensor
     block_table: torch.Tensor
-    boundary: torch.Tensor
-    max_boundary: int
+    tail_start: torch.Tensor
+    max_tail_start: int
 
 
 @dataclass
@@ -178,5 +178,5 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
         table = common.block_table_tensor if every else common.block_table_tensor[requests]
         tokens = None if every else common.query_start_loc[requests].long()
         layout = self.spec.layout
-        boundary = tail_starts(seq_lens, layout.kind, layout.group_size, self.config)
-        return DecodeRows(tokens, seq_lens, table, boundary, int(boundary.max()))
+        tail_start = tail_starts(seq_lens, layout.kind, layout.group_size, self.config)
+        return DecodeRows(tokens, seq_lens, table, tail_start, int(tail_start.max()))

@@ -64,7 +64,7 @@ def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tenso
         host.gathered_key,
         rows.block_table,
         rows.seq_lens,
-        rows.boundary,
+        rows.tail_start,
         sink_tokens=config.sink_tokens,
         critical_channels=config.critical_channels,
         candidates=config.candidate_tokens,
@@ -72,7 +72,7 @@ def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tenso
         every_head=config.query_reduce == "max",
         scale=layer.scale,
         softcap=layer.softcap,
-        max_tail_start=max(0, rows.max_boundary),
+        max_tail_start=max(0, rows.max_tail_start),
     )
     return indices
 

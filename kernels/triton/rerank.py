@@ -187,7 +187,7 @@ def _select_heaviest(
         tl.store(indices + start + place, -1, mask=start + place < num_indices)
 
 
-def refine_topk(
+def rerank_topk(
     indices: torch.Tensor,
     candidates: torch.Tensor,
     query: torch.Tensor,
@@ -198,7 +198,7 @@ def refine_topk(
     scale: float,
     softcap: float,
 ) -> None:
-    """See `ops.refine_topk`; up to 65536 candidates.
+    """See `ops.rerank_topk`; up to 65536 candidates.
 
     Raises:
         ValueError: there are more.
@@ -207,7 +207,7 @@ def refine_topk(
     heads, num_candidates = candidates.shape[1:]
     if num_candidates > _MOST_CANDIDATES:
         raise ValueError(
-            f"refine_topk in Triton takes at most {_MOST_CANDIDATES} candidates, not "
+            f"rerank_topk in Triton takes at most {_MOST_CANDIDATES} candidates, not "
             f"{num_candidates}; lower topk_tokens or rerank_factor"
         )
     if not num_candidates:

@@ -1,4 +1,4 @@
-// refine_topk: the candidates of a rough selection weighed by their true attention.
+// rerank_topk: the candidates of a rough selection weighed by their true attention.
 #pragma once
 
 #include "attention.h"
@@ -17,7 +17,7 @@ static_assert(kTile == 16, "the contract says how many");
 // What one row and KV head need.
 //   candidates: [C], ascending, the first `found` of them positions
 //   channels: [count], ascending; query: [G, padded(count)], its values at them
-struct Refined {
+struct Reranked {
   const int32_t *candidates, *table;
   int32_t head;
   int64_t found, count;
@@ -26,16 +26,16 @@ struct Refined {
 };
 
 template <class T>
-const T* candidate_key(const RefineTopk& op, const Refined& refined, int64_t i) {
-  const int64_t position = refined.candidates[i], block_size = op.shape.block_size;
-  return at<T>(op.key_cache, refined.table[position / block_size], refined.head,
+const T* candidate_key(const RerankTopk& op, const Reranked& reranked, int64_t i) {
+  const int64_t position = reranked.candidates[i], block_size = op.shape.block_size;
+  return at<T>(op.key_cache, reranked.table[position / block_size], reranked.head,
                position % block_size, 0);
 }
 
 // Scratch of one thread.
 //   weight: [padded(d)]; ranked: [d]; keys: [C + kTile + kTogether]; tile: [d, kTile], of any dtype
 //   tile_scores: [G, kTile]; offsets: [d]
-struct RefineScratch {
+struct RerankScratch {
   float* weight;
   Ranked ranked;
   const void** keys;
@@ -43,9 +43,9 @@ struct RefineScratch {
   int64_t* offsets;
 };
 
-inline RefineScratch take_refine_scratch(const RefineTopk& op) {
+inline RerankScratch take_rerank_scratch(const RerankTopk& op) {
   const int64_t d = padded(op.shape.head_size);
-  return RefineScratch{take<float>(d),
+  return RerankScratch{take<float>(d),
                        take_ranked(d),
                        take<const void*>(op.candidate_count + kTile + kTogether),
                        take<float>(d * kTile),
@@ -56,18 +56,18 @@ inline RefineScratch take_refine_scratch(const RefineTopk& op) {
 // Choose the channels, take the query's values there.
 //   query: [G, d]
 template <class T>
-void prepare(const RefineTopk& op, const T* query, const RefineScratch& scratch,
-             const Refined& refined) {
+void prepare(const RerankTopk& op, const T* query, const RerankScratch& scratch,
+             const Reranked& reranked) {
   float* weight = scratch.weight;
   const int64_t d = op.shape.head_size, group_heads = op.query_heads / op.shape.kv_heads;
-  const int64_t pitch = padded(refined.count);
-  if (refined.count == d) {
-    for (int64_t c = 0; c < d; ++c) refined.channels[c] = static_cast<int32_t>(c);
+  const int64_t pitch = padded(reranked.count);
+  if (reranked.count == d) {
+    for (int64_t c = 0; c < d; ++c) reranked.channels[c] = static_cast<int32_t>(c);
   } else {
-    const int64_t samples = smaller(kTile, refined.found);
+    const int64_t samples = smaller(kTile, reranked.found);
     auto** keys = reinterpret_cast<const T**>(scratch.keys);
     for (int64_t i = 0; i < kTile + kTogether; ++i) {
-      keys[i] = candidate_key<T>(op, refined, smaller(i, samples - 1) * refined.found / samples);
+      keys[i] = candidate_key<T>(op, reranked, smaller(i, samples - 1) * reranked.found / samples);
     }
     for (int64_t c = 0; c < d; ++c) scratch.offsets[c] = c * op.key_cache.channel;
     T* tile = reinterpret_cast<T*>(scratch.tile);
@@ -88,32 +88,33 @@ void prepare(const RefineTopk& op, const T* query, const RefineScratch& scratch,
       }
       weight[c] *= most;
     }
-    choose_channels(weight, d, refined.count, scratch.ranked, refined.channels);
+    choose_channels(weight, d, reranked.count, scratch.ranked, reranked.channels);
   }
   for (int64_t h = 0; h < group_heads; ++h) {
-    float* to = refined.query + h * pitch;
-    for (int64_t i = 0; i < refined.count; ++i)
-      to[i] = to_float(query[h * d + refined.channels[i]]);
-    for (int64_t i = refined.count; i < pitch; ++i) to[i] = 0;
+    float* to = reranked.query + h * pitch;
+    for (int64_t i = 0; i < reranked.count; ++i)
+      to[i] = to_float(query[h * d + reranked.channels[i]]);
+    for (int64_t i = reranked.count; i < pitch; ++i) to[i] = 0;
   }
 }
 
 // Scores of candidates [begin, end), all channels of which lie side by side.
 //   scores: [G, padded(C)]
 template <class T>
-void score_candidate_rows(const RefineTopk& op, const Refined& refined, int64_t begin, int64_t end,
-                          float* scores) {
-  const int64_t stride = padded(op.candidate_count), pitch = padded(refined.count);
+void score_candidate_rows(const RerankTopk& op, const Reranked& reranked, int64_t begin,
+                          int64_t end, float* scores) {
+  const int64_t stride = padded(op.candidate_count), pitch = padded(reranked.count);
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t i = begin; i < end; ++i) {
     if (i + kCandidatesAhead < end) {
-      const T* next = candidate_key<T>(op, refined, i + kCandidatesAhead);
-      for (int64_t c = 0; c < refined.count; c += kLine) __builtin_prefetch(next + c, 0, 2);
+      const T* next = candidate_key<T>(op, reranked, i + kCandidatesAhead);
+      for (int64_t c = 0; c < reranked.count; c += kLine) __builtin_prefetch(next + c, 0, 2);
     }
-    const T* key = candidate_key<T>(op, refined, i);
+    const T* key = candidate_key<T>(op, reranked, i);
     for_heads(op.query_heads / op.shape.kv_heads, [&](int h, auto heads) {
       constexpr int N = decltype(heads)::value;
-      score_row<N>(key, refined.count, refined.query + h * pitch, scores + h * stride + i, stride);
+      score_row<N>(key, reranked.count, reranked.query + h * pitch, scores + h * stride + i,
+                   stride);
     });
   }
 }
@@ -121,24 +122,24 @@ void score_candidate_rows(const RefineTopk& op, const Refined& refined, int64_t 
 // Scores of candidates [begin, end) of one row and KV head, by all its G query heads.
 //   scores: [G, padded(C)]
 template <class T>
-void score_candidates(const RefineTopk& op, const Refined& refined, int64_t begin, int64_t end,
-                      const RefineScratch& scratch, float* scores) {
+void score_candidates(const RerankTopk& op, const Reranked& reranked, int64_t begin, int64_t end,
+                      const RerankScratch& scratch, float* scores) {
   if (begin >= end) return;
-  if (op.key_cache.channel == 1 && refined.count == op.shape.head_size) {
-    return score_candidate_rows<T>(op, refined, begin, end, scores);
+  if (op.key_cache.channel == 1 && reranked.count == op.shape.head_size) {
+    return score_candidate_rows<T>(op, reranked, begin, end, scores);
   }
   const int64_t stride = padded(op.candidate_count), n = end - begin;
   const int group_heads = op.query_heads / op.shape.kv_heads;
   auto** keys = reinterpret_cast<const T**>(scratch.keys);
-  for (int64_t i = 0; i < n; ++i) keys[i] = candidate_key<T>(op, refined, begin + i);
+  for (int64_t i = 0; i < n; ++i) keys[i] = candidate_key<T>(op, reranked, begin + i);
   for (int64_t i = 0; i < kTile + kTogether; ++i) keys[n + i] = keys[n - 1];
-  for (int64_t i = 0; i < refined.count; ++i) {
-    scratch.offsets[i] = refined.channels[i] * op.key_cache.channel;
+  for (int64_t i = 0; i < reranked.count; ++i) {
+    scratch.offsets[i] = reranked.channels[i] * op.key_cache.channel;
   }
   T* tile = reinterpret_cast<T*>(scratch.tile);
   for (int64_t first = 0; first < n; first += kTile) {
-    gather_tile(keys + first, scratch.offsets, refined.count, tile);
-    score_tile(tile, refined.count, refined.query, padded(refined.count), group_heads,
+    gather_tile(keys + first, scratch.offsets, reranked.count, tile);
+    score_tile(tile, reranked.count, reranked.query, padded(reranked.count), group_heads,
                scratch.tile_scores);
     const int64_t count = smaller(kTile, n - first);
     for (int h = 0; h < group_heads; ++h) {
@@ -151,7 +152,7 @@ void score_candidates(const RefineTopk& op, const Refined& refined, int64_t begi
 // The attention weights of n candidates, summed over the query heads.
 //   scores: [G, padded(C)], overwritten; the first row receives the sums
 //   mass: [G], log of what each head pays elsewhere
-inline void sum_weights(const RefineTopk& op, const float* mass, float* scores, int64_t n) {
+inline void sum_weights(const RerankTopk& op, const float* mass, float* scores, int64_t n) {
   const int64_t stride = padded(op.candidate_count), end = padded(n);
   const int64_t group_heads = op.query_heads / op.shape.kv_heads;
   for (int64_t h = 0; h < group_heads; ++h) {
@@ -184,7 +185,7 @@ inline void sum_weights(const RefineTopk& op, const float* mass, float* scores, 
 }
 
 template <class T>
-void refine(const RefineTopk& op) {
+void rerank(const RerankTopk& op) {
   const int64_t d = op.shape.head_size, kv_heads = op.shape.kv_heads;
   const int64_t pairs = op.rows * kv_heads, count = op.candidate_count, k = op.k;
   const int64_t group_heads = op.query_heads / kv_heads, size = group_heads * padded(count);
@@ -192,31 +193,31 @@ void refine(const RefineTopk& op) {
   float* scores = take<float>(pairs * size);
   float* queries = take<float>(pairs * query_size);
   int32_t* chosen = take<int32_t>(pairs * channels);
-  auto* refined = take<Refined>(pairs);
-  auto* scratches = take<RefineScratch>(num_threads());
-  for (int i = 0; i < num_threads(); ++i) scratches[i] = take_refine_scratch(op);
+  auto* reranked = take<Reranked>(pairs);
+  auto* scratches = take<RerankScratch>(num_threads());
+  for (int i = 0; i < num_threads(); ++i) scratches[i] = take_rerank_scratch(op);
   parallel_for(pairs, [&](int64_t pair) {
     const int64_t row = pair / kv_heads;
     const int32_t* candidates = op.candidates + pair * count;
     int64_t found = count;
     while (found > 0 && candidates[found - 1] < 0) --found;
-    refined[pair] = Refined{candidates,
-                            op.block_table.data + row * op.block_table.stride,
-                            static_cast<int32_t>(pair % kv_heads),
-                            found,
-                            channels,
-                            chosen + pair * channels,
-                            queries + pair * query_size};
+    reranked[pair] = Reranked{candidates,
+                              op.block_table.data + row * op.block_table.stride,
+                              static_cast<int32_t>(pair % kv_heads),
+                              found,
+                              channels,
+                              chosen + pair * channels,
+                              queries + pair * query_size};
     if (found > 0) {
       prepare<T>(op, static_cast<const T*>(op.query) + pair * group_heads * d,
-                 scratches[omp_get_thread_num()], refined[pair]);
+                 scratches[omp_get_thread_num()], reranked[pair]);
     }
   });
   Tasks tasks = cut(op.rows, op.shape.kv_heads, 32, INT32_MAX, [&](int32_t) { return count; });
   parallel_for(tasks.count, [&](int64_t i) {
     const Task& task = tasks.data[i];
     const int64_t pair = task.row * kv_heads + task.head;
-    score_candidates<T>(op, refined[pair], task.begin, smaller(task.end, refined[pair].found),
+    score_candidates<T>(op, reranked[pair], task.begin, smaller(task.end, reranked[pair].found),
                         scratches[omp_get_thread_num()], scores + pair * size);
   });
   Ranked buffers = take_ranked(buffer_size(k) * num_threads());
@@ -224,12 +225,12 @@ void refine(const RefineTopk& op) {
     int32_t* indices = op.indices + pair * k;
     const int32_t* candidates = op.candidates + pair * count;
     int64_t kept = 0;
-    if (refined[pair].found > 0) {
+    if (reranked[pair].found > 0) {
       float* weights = scores + pair * size;
-      sum_weights(op, op.mass + pair * group_heads, weights, refined[pair].found);
+      sum_weights(op, op.mass + pair * group_heads, weights, reranked[pair].found);
       Ranked ranked = buffers + buffer_size(k) * omp_get_thread_num();
       Best best(ranked, k, nullptr);
-      best.offer(weights, 0, refined[pair].found);
+      best.offer(weights, 0, reranked[pair].found);
       kept = best.finish();
       for (int64_t j = 0; j < kept; ++j) indices[j] = candidates[ranked.positions[j]];
     }
@@ -237,10 +238,10 @@ void refine(const RefineTopk& op) {
   });
 }
 
-void refine_topk(const RefineTopk& op) {
+void rerank_topk(const RerankTopk& op) {
   scratch_reset();
   if (op.k == 0 || op.rows == 0 || op.shape.kv_heads == 0) return;
-  visit(op.dtype, [&](auto element) { refine<decltype(element)>(op); });
+  visit(op.dtype, [&](auto element) { rerank<decltype(element)>(op); });
 }
 
 }  // namespace

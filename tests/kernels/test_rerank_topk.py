@@ -83,7 +83,7 @@ def test_keeps_the_heaviest(fast, build_context, key_layout, dtype, heads):
     context = build_context(lengths, head_size=head_size, dtype=dtype, key_layout=key_layout)
     query = torch.randn(len(lengths), 2 * group_heads, head_size).to(dtype)
     candidates = candidates_of(lengths, 2, 100)
-    for function in (fast.refine_topk, reference.refine_topk):
+    for function in (fast.rerank_topk, reference.rerank_topk):
         check(function, context, query, candidates, 25)
         check(function, context, query, candidates, 100, channels=head_size * 3 // 8)
         check(function, context, query, candidates, 25, channels=1)
@@ -93,7 +93,7 @@ def test_keeps_the_heaviest(fast, build_context, key_layout, dtype, heads):
 def test_softcap(fast, build_context, softcap):
     context = build_context([300])
     query = torch.randn(1, 8, 64).bfloat16() * 4
-    for function in (fast.refine_topk, reference.refine_topk):
+    for function in (fast.rerank_topk, reference.rerank_topk):
         check(function, context, query, candidates_of([300], 2, 64), 16, 64, 0.3, softcap)
 
 
@@ -104,7 +104,7 @@ def test_heads_are_measured_against_what_they_pay_elsewhere(fast, build_context,
     context = build_context([300], dtype=torch.float32)
     query = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(4))
     mass = torch.tensor([[level, 0.0, 3.0, -torch.inf, 8.0, 5.0, level, -3.0]])
-    for function in (fast.refine_topk, reference.refine_topk):
+    for function in (fast.rerank_topk, reference.rerank_topk):
         check(function, context, query, candidates_of([300], 2, 64), 16, 64, scale, 0.0, mass=mass)
 
 
@@ -118,7 +118,7 @@ def test_a_head_that_pays_all_elsewhere_has_no_say(fast, build_context):
     candidates = torch.arange(128, dtype=torch.int32)[None, None]
     for mass, expected in ((-torch.inf, range(64)), (20.0, range(64, 128))):
         paid = torch.tensor([[mass, 0.0]])
-        for function in (fast.refine_topk, reference.refine_topk):
+        for function in (fast.rerank_topk, reference.rerank_topk):
             indices = torch.zeros(1, 1, 64, dtype=torch.int32)
             function(indices, candidates, query, key, context.block_table, paid, 64, 1.0, 0.0)
             assert indices.flatten().tolist() == list(expected)
@@ -129,7 +129,7 @@ def test_equal_weights_keep_the_lower_positions(fast, build_context):
     context.cache.host.key.fill_(1.0)
     query = torch.ones(1, 8, 64, dtype=torch.bfloat16)
     candidates = candidates_of([256], 2, 40)
-    for function in (fast.refine_topk, reference.refine_topk):
+    for function in (fast.rerank_topk, reference.rerank_topk):
         indices = torch.zeros(1, 2, 8, dtype=torch.int32)
         key, table = context.cache.host.key, context.block_table
         function(indices, candidates, query, key, table, nothing_elsewhere(query), 64, 0.1, 0.0)
@@ -171,7 +171,7 @@ def test_one_head_is_exact(fast, build_context, kind, k):
     candidates = candidates_of([1100], 2, 650)
     indices = torch.full((2, 1, 2, k), 12345, dtype=torch.int32)
     key, table = context.cache.host.key, context.block_table
-    for function, result in zip((fast.refine_topk, reference.refine_topk), indices, strict=True):
+    for function, result in zip((fast.rerank_topk, reference.rerank_topk), indices, strict=True):
         function(result, candidates, query, key, table, mass, 64, scale, 0.0)
     assert torch.equal(*indices)
 
@@ -185,7 +185,7 @@ def test_ties_between_channels(fast, build_context, key_layout):
     mass = nothing_elsewhere(query)
     indices = torch.full((2, 1, 2, 50), 12345, dtype=torch.int32)
     key, table = context.cache.host.key, context.block_table
-    for function, result in zip((fast.refine_topk, reference.refine_topk), indices, strict=True):
+    for function, result in zip((fast.rerank_topk, reference.rerank_topk), indices, strict=True):
         function(result, candidates, query, key, table, mass, 5, 1.0, 0.0)
     assert torch.equal(*indices)
 
@@ -205,7 +205,7 @@ def test_samples_choose_channels(fast, build_context):
     key[block, 0, 20 + hidden[3], 0] = 1.0
     indices = torch.full((1, 1, 2), 12345, dtype=torch.int32)
     mass, table = nothing_elsewhere(query), context.block_table
-    fast.refine_topk(indices, candidates, query, key, table, mass, 1, 1.0, 0.0)
+    fast.rerank_topk(indices, candidates, query, key, table, mass, 1, 1.0, 0.0)
     assert indices.flatten().tolist() == [20, 20 + hidden[3]]
 
 
@@ -215,13 +215,13 @@ def test_wide_block_table(fast, build_context):
     wide[:, :4] = context.block_table
     context.block_table = wide[:, :4]
     query = torch.randn(2, 8, 64).bfloat16()
-    check(fast.refine_topk, context, query, candidates_of([300, 200], 2, 64), 16, channels=24)
+    check(fast.rerank_topk, context, query, candidates_of([300, 200], 2, 64), 16, channels=24)
 
 
 def test_many_candidates(fast, build_context):
     context = build_context([3000], heads=1)
     query = torch.randn(1, 2, 64).bfloat16()
-    check(fast.refine_topk, context, query, candidates_of([3000], 1, 2500), 600, channels=24)
+    check(fast.rerank_topk, context, query, candidates_of([3000], 1, 2500), 600, channels=24)
 
 
 @pytest.mark.parametrize(("rows", "count", "k"), [(0, 10, 4), (1, 10, 0), (1, 0, 4)])
@@ -231,7 +231,7 @@ def test_nothing(fast, build_context, rows, count, k):
     query = torch.ones(rows, 4, 64, dtype=torch.bfloat16)
     indices = torch.zeros(rows, 2, k, dtype=torch.int32)
     key, table = context.cache.host.key, context.block_table[:rows]
-    fast.refine_topk(indices, candidates, query, key, table, nothing_elsewhere(query), 64, 0.1, 0.0)
+    fast.rerank_topk(indices, candidates, query, key, table, nothing_elsewhere(query), 64, 0.1, 0.0)
     assert (indices == -1).all()
 
 
@@ -242,7 +242,7 @@ def test_triton_names_its_limit(build_context):
     indices = torch.zeros(1, 2, 4, dtype=torch.int32)
     key, table = context.cache.host.key, context.block_table
     with pytest.raises(ValueError, match="lower topk_tokens or rerank_factor"):
-        triton.refine_topk(
+        triton.rerank_topk(
             indices, candidates, query, key, table, nothing_elsewhere(query), 64, 0.1, 0.0
         )
 
@@ -251,7 +251,7 @@ def test_no_candidates(fast, build_context):
     context = build_context([5])
     candidates = torch.full((1, 2, 10), -1, dtype=torch.int32)
     query = torch.ones(1, 4, 64, dtype=torch.bfloat16)
-    for function in (fast.refine_topk, reference.refine_topk):
+    for function in (fast.rerank_topk, reference.rerank_topk):
         indices = torch.zeros(1, 2, 4, dtype=torch.int32)
         key, table = context.cache.host.key, context.block_table
         function(indices, candidates, query, key, table, nothing_elsewhere(query), 64, 0.1, 0.0)
@@ -265,7 +265,7 @@ def test_public_op_checks_its_arguments(build_context):
     indices = torch.zeros(1, 2, 5, dtype=torch.int32)
     key, table = context.cache.host.key, context.block_table
     mass = nothing_elsewhere(query)
-    ops.refine_topk(indices, candidates, query, key, table, mass, channels=64, scale=0.1)
+    ops.rerank_topk(indices, candidates, query, key, table, mass, channels=64, scale=0.1)
     for broken in (
         (indices[:, :1], candidates, query, key, table, mass),
         (indices, candidates.long(), query, key, table, mass),
@@ -276,9 +276,9 @@ def test_public_op_checks_its_arguments(build_context):
         (indices, candidates, query, key, table, mass.double()),
     ):
         with pytest.raises(RuntimeError):
-            ops.refine_topk(*broken, channels=64, scale=0.1)
+            ops.rerank_topk(*broken, channels=64, scale=0.1)
     for channels in (0, 65):
         with pytest.raises(RuntimeError, match="channels"):
-            ops.refine_topk(
+            ops.rerank_topk(
                 indices, candidates, query, key, table, mass, channels=channels, scale=0.1
             )
