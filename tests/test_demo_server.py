@@ -8,8 +8,8 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from vllm_tailorkv.demo import __main__ as demo
@@ -76,7 +76,7 @@ vllm:kv_cache_usage_perc{engine="0",model_name="demo"} 0.5
 
 
 def serve_metrics(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(demo_server.httpx, "get", lambda *_, **__: SimpleNamespace(text=text))
+    monkeypatch.setattr(demo_server.httpx, "get", lambda *_, **__: httpx.Response(200, text=text))
 
 
 def labels_of(plan: dict[str, object]) -> str:

@@ -249,10 +249,13 @@ class VllmServer:
     def _metric(self, name: str) -> Sample | None:
         """The first sample of a metric, or None if the server does not tell it."""
         try:
-            text = httpx.get(f"{self.url}/metrics", timeout=2.0).text
+            response = httpx.get(f"{self.url}/metrics", timeout=2.0)
         except httpx.TransportError:
             return None
-        samples = (s for family in text_string_to_metric_families(text) for s in family.samples)
+        if not response.is_success:
+            return None
+        families = text_string_to_metric_families(response.text)
+        samples = (sample for family in families for sample in family.samples)
         return next((sample for sample in samples if sample.name == name), None)
 
     def _labels(self, name: str) -> dict[str, str]:
