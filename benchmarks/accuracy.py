@@ -12,8 +12,10 @@ serves it. Models with a chat template are asked in it, by RULER's definitions; 
 the text. `--answers written` lets the model write the answers; `given` forces the right ones and
 counts the tokens that it would have written, for models too small to finish a list. Every context
 is read once an engine (prefix caching); methods that differ in nothing that lies in the cache
-share one. With `--json`, results are written as they come, and the same command goes on where it
-was stopped. Method names and options: `--list`.
+share one. With `--json`, results are written as they come, each method's of a task and length or of
+a kind of text, and a run can be stopped (Ctrl-C, kill, reboot): the same command goes on with what
+the file lacks. A file of other settings is refused: name another one, or remove it. Method names
+and options: `--list`.
 """
 
 import argparse
@@ -102,6 +104,8 @@ def _prepared(args: argparse.Namespace, console: Console, folder: Path) -> Run:
         args.counts_from = _COUNTS_FROM_CHAT if form.chat else _COUNTS_FROM
     if args.spare_tokens is None:
         args.spare_tokens = _SPARE_CHAT if form.chat else _SPARE
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no directory {args.json.parent}")
     methods = [parse_method(text, config.num_hidden_layers) for text in args.methods]
     _check(args, config.max_position_embeddings)
     arguments = {k: str(v) for k, v in vars(args).items() if k not in _LEFT_OUT}
@@ -109,6 +113,9 @@ def _prepared(args: argparse.Namespace, console: Console, folder: Path) -> Run:
     if args.json and args.json.exists():
         _resume(report, args.json)
         console.print(f"goes on from {args.json}")
+    else:
+        # What lies there is of a run whose results are gone, perhaps with other settings.
+        shutil.rmtree(folder, ignore_errors=True)
     encoder = tokenizer.backend_tokenizer
     cells = [
         make_cell(encoder, task, length, args.samples, args.turns, args.seed, answers, form)

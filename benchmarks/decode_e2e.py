@@ -18,6 +18,10 @@ took has the prefix baseline_:
 
 Reading a long prompt takes minutes (the work grows with its square). `--warm` reads it without
 the model: the backend writes and derives pages of random K and V, then decodes as ever.
+
+With `--json FILE` a run can be stopped (Ctrl-C, kill, reboot): the same command goes on with the
+contexts that FILE lacks. More contexts may be asked for; lines of other settings are refused. To
+measure anew, name another file or remove it.
 """
 
 import argparse
@@ -27,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,9 +54,11 @@ from speed.plot import lines_of, save_plot
 _EXAMPLES = """\
   python benchmarks/decode_e2e.py --context 8192
   python benchmarks/decode_e2e.py --context 16384,32768,65536 --warm --plot e2e.png
+  python benchmarks/decode_e2e.py --context 8192,65536 --json e2e.jsonl   # again: it goes on
   python benchmarks/decode_e2e.py --shape smollm2-360m --config '{"index": "onebit", "bits": 1}'
 """
 _PROCESS_BYTES = 2 << 30
+_INTERRUPTED = 130
 
 
 class EngineError(RuntimeError):
@@ -63,8 +70,58 @@ def main() -> None:
     args = _arguments()
     model = MODELS[args.shape].with_layers(args.layers)
     _check_memory(args, model)
-    with Lines(args.json) as lines, progress() as bar, tempfile.TemporaryDirectory() as directory:
-        for context in args.context:
+    settings = _settings(args, model)
+    try:
+        output = Lines(args.json, settings)
+    except (OSError, ValueError) as error:
+        refuse(__file__, f"--json: {error}")
+    left = _left(args.context, output.records)
+    if len(left) < len(args.context):
+        _say(f"goes on from {args.json}, which lacks {len(left)} of {len(args.context)} contexts")
+    try:
+        with output as lines:
+            _measure(args, model, left, lambda *found: lines.add(_record(settings, *found)))
+    except KeyboardInterrupt:
+        again = (
+            "with --json FILE it could go on" if args.json == "-" else "the same command goes on"
+        )
+        _say(f"interrupted; {again}")
+        raise SystemExit(_INTERRUPTED) from None
+    if args.plot:
+        # A file may hold more contexts than were asked for now.
+        _save_plot(args, [x for x in output.records if x["context"] in args.context])
+
+
+def _say(what: str) -> None:
+    """On stderr: results may go to stdout."""
+    print(f"{Path(__file__).name}: {what}", file=sys.stderr)
+
+
+def _left(contexts: list[int], records: list[dict[str, Any]]) -> list[int]:
+    """The contexts that no record is of; one that is given twice wants two."""
+    there = Counter(record["context"] for record in records)
+    left = []
+    for context in contexts:
+        if there[context]:
+            there[context] -= 1
+        else:
+            left.append(context)
+    return left
+
+
+def _measure(
+    args: argparse.Namespace,
+    model: Model,
+    contexts: list[int],
+    on_result: Callable[[int, dict[str, Any], dict[str, Any]], None],
+) -> None:
+    """Both backends at each of these contexts.
+
+    Args:
+        on_result: takes the context, what we took and what vLLM's own backend took.
+    """
+    with progress() as bar, tempfile.TemporaryDirectory() as directory:
+        for context in contexts:
             job = Job(
                 model=directory,
                 options=args.config,
@@ -90,9 +147,7 @@ def main() -> None:
                     refuse(__file__, f"{context:,} tokens, {name}: {error}")
                 results.append(result)
                 bar.remove_task(task)
-            lines.add(_record(args, model, context, *results))
-    if args.plot:
-        _save_plot(args, lines.records)
+            on_result(context, *results)
 
 
 def _arguments() -> argparse.Namespace:
@@ -197,33 +252,33 @@ def _reason(log: list[str], status: int) -> str:
     return errors[-1] if errors else f"the engine ended with status {status}"
 
 
-def _record(
-    args: argparse.Namespace,
-    model: Model,
-    context: int,
-    ours: dict[str, Any],
-    theirs: dict[str, Any],
-) -> dict[str, Any]:
-    record = {
+def _settings(args: argparse.Namespace, model: Model) -> dict[str, Any]:
+    """What lines of one run have in common: all that times depend on but the context."""
+    return {
         "shape": args.shape,
         "layers": model.layers,
-        "context": context,
         "batch": args.batch,
         "threads": args.threads,
         "warm": args.warm,
         "config": args.config,
-        "isa": ours["isa"],
-        "decode_steps": len(ours["steps"]),
+        "decode_steps": args.output_tokens,
     }
+
+
+def _record(
+    settings: dict[str, Any], context: int, ours: dict[str, Any], theirs: dict[str, Any]
+) -> dict[str, Any]:
+    record = settings | {"context": context, "isa": ours["isa"]}
+    warm = settings["warm"]
     for prefix, result in (("", ours), ("baseline_", theirs)):
         record |= {
-            f"{prefix}ttft_seconds": None if args.warm else round(result["first"], 3),
+            f"{prefix}ttft_seconds": None if warm else round(result["first"], 3),
             f"{prefix}seconds_per_token": round(statistics.median(result["steps"]), 6),
             f"{prefix}min_seconds_per_token": round(min(result["steps"]), 6),
             f"{prefix}peak_rss_bytes": result["peak_rss_bytes"],
             f"{prefix}kv_cache_bytes": result["kv_cache_bytes"],
         }
-    record["ttft_ratio"] = None if args.warm else round(theirs["first"] / ours["first"], 3)
+    record["ttft_ratio"] = None if warm else round(theirs["first"] / ours["first"], 3)
     record["ratio"] = round(record["baseline_seconds_per_token"] / record["seconds_per_token"], 2)
     return record
 

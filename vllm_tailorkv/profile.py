@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, m
 
 from vllm_tailorkv.config import DensePlan
 from vllm_tailorkv.errors import TailorKVError
+from vllm_tailorkv.files import write_whole
 
 SCHEMA_VERSION = 1
 NEIGHBOUR = "tailorkv.json"
@@ -214,7 +215,7 @@ def read_profile(path: Path, shape: ModelShape, *, was_given: bool = True) -> La
 
 
 def write_profile(path: Path, profile: Profile) -> None:
-    """Write a profile file, a layer's scores on one line.
+    """Write a profile file, a layer's scores on one line. An older one stays until it is whole.
 
     Raises:
         TailorKVError: the file cannot be written.
@@ -222,7 +223,7 @@ def write_profile(path: Path, profile: Profile) -> None:
     text = json.dumps(profile.model_dump(mode="json"), indent=2)
     text = re.sub(r"\[\n[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)
     try:
-        path.write_text(text + "\n")
+        write_whole(path, text + "\n")
     except OSError as error:
         raise TailorKVError(
             f"--output {path}: {error.strerror}; give a path that can be written"

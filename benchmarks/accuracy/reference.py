@@ -1,5 +1,6 @@
 """What full attention thinks at every step of a text, kept in a file and compared with others."""
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from vllm_tailorkv.files import replaced
 
 _EXACT = 64
 
@@ -45,7 +48,9 @@ class Reference:
 
     def complete_with(self, indices: np.ndarray, values: np.ndarray) -> None:
         """The likeliest tokens of each step and their log-probabilities, both [steps, n]."""
-        np.savez(self._likeliest, indices=indices, values=values)
+        # Written last and all at once: where it is, the reference is complete.
+        with replaced(self._likeliest) as file:
+            np.savez(file, indices=indices, values=values)
 
     @cached_property
     def _exact(self) -> list[tuple[Tensor, Tensor]]:
@@ -79,6 +84,9 @@ class Recorder:
 
     def finish(self) -> None:
         """All steps were seen."""
+        # Rows must be on disk before anything says that they are there.
+        with self.reference.path.open("rb") as file:
+            os.fsync(file.fileno())
         self.reference.complete_with(np.stack(self._indices), np.stack(self._values))
 
 

@@ -20,6 +20,7 @@ from accuracy.deadline import Piece
 from accuracy.evaluate import GIVEN, Cell, Score
 from accuracy.methods import FULL, Method
 from accuracy.text_quality import Divergence, Likelihood
+from vllm_tailorkv.files import write_whole
 
 _BUDGET = ("budget=", "recent_tokens=", "topk_tokens=")
 _T = TypeVar("_T")
@@ -54,8 +55,8 @@ class Report:
             ValueError: its arguments are others; the message names one.
         """
         told = written.get("arguments", {})
-        for name, value in (told | self.arguments).items():
-            if told.get(name) != self.arguments.get(name):
+        for name in told | self.arguments:
+            if told.get(name) != (value := self.arguments.get(name)):
                 raise ValueError(f"it was written with {name} {told.get(name)}, not {value}")
         self.scores = [_read(Score, x) for x in written["scores"]]
         self.likelihoods = [_read(Likelihood, x) for x in written["likelihoods"]]
@@ -314,9 +315,7 @@ class Report:
 
 def write_json(report: Report, path: Path) -> None:
     """One object, indented. The file is whole at any time."""
-    written = path.with_name(path.name + ".new")
-    written.write_text(json.dumps(report.as_json(), indent=1) + "\n")
-    written.replace(path)
+    write_whole(path, json.dumps(report.as_json(), indent=1) + "\n")
 
 
 def _read(kind: type[_T], written: dict[str, Any]) -> _T:

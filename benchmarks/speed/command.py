@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import stat
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,8 @@ from typing import Any, NoReturn, TextIO
 from provenance import provenance
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from speed.kept import kept_records
 
 
 def numbers(text: str) -> list[int]:
@@ -76,11 +79,25 @@ def refuse(script: str, message: str) -> NoReturn:
 
 
 class Lines:
-    """Lines of JSON, to a file or stdout, each written at once."""
+    """Lines of JSON, to a file or stdout, each written at once.
 
-    def __init__(self, where: str) -> None:
+    Args:
+        where: a path, or - for stdout.
+        settings: what every line of this run says: a file of such lines, measured on the same
+            processor, is gone on with. None: what is in a file is overwritten.
+
+    Raises:
+        ValueError: the file is of another run.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, where: str, settings: dict[str, Any] | None = None) -> None:
         self.records: list[dict[str, Any]] = []
-        self._file: TextIO = sys.stdout if where == "-" else open(where, "w", encoding="utf-8")  # noqa: SIM115
+        mode = "w"
+        if settings is not None and Path(where).is_file():
+            alike = settings | {"processor": provenance()["processor"]}
+            self.records, mode = kept_records(Path(where), alike), "a"
+        self._file: TextIO = sys.stdout if where == "-" else open(where, mode, encoding="utf-8")  # noqa: SIM115
 
     def __enter__(self) -> "Lines":
         return self
@@ -98,6 +115,9 @@ class Lines:
         """Write one, and where it came from."""
         self.records.append(record)
         print(json.dumps(record | provenance()), file=self._file, flush=True)
+        # Pipes and devices know no disk.
+        if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            os.fsync(self._file.fileno())
 
 
 def progress() -> Progress:

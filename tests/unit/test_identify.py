@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from vllm_tailorkv.errors import TailorKVError
+from vllm_tailorkv.identify import command
 from vllm_tailorkv.identify.command import main, output_path
 from vllm_tailorkv.identify.plot import save_plot
 from vllm_tailorkv.identify.problems import word_problems
@@ -227,3 +229,42 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "examples:" in text
     assert "--tensor-parallel-size" in text
+
+
+def test_an_interrupted_write_leaves_the_older_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tailorkv.json"
+    older = identified_profile()
+    write_profile(path, older)
+
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_profile(path, identified_profile(num_layers=9))
+    assert load_profile(path) == older
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_run_leaves_the_older_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tailorkv.json"
+    older, newer = identified_profile(), identified_profile(num_layers=9)
+    write_profile(path, older)
+    found = [KeyboardInterrupt, newer]
+
+    def measure(*_: Any) -> Profile:
+        result = found.pop(0)
+        if result is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(command, "_measure", measure)
+    assert main([str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "vllm-tailorkv: interrupted\n"
+    assert load_profile(path) == older
+    assert main([str(tmp_path)]) == 0
+    assert load_profile(path) == newer

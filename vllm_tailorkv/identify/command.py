@@ -21,6 +21,7 @@ from vllm_tailorkv.identify.prompt import build_prompt
 from vllm_tailorkv.identify.report import print_scores
 from vllm_tailorkv.profile import NEIGHBOUR, Profile, base_name, load_profile, write_profile
 
+_INTERRUPTED = 130
 EXAMPLES = """\
 examples:
   vllm-tailorkv identify ./my-model
@@ -46,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="vllm-tailorkv identify",
         description="Find the dense layers of a model: read a long prompt through vLLM with exact "
         "attention, measure how much of its attention every layer spreads beyond a few tokens, "
-        "and write a profile.",
+        "and write a profile. An older profile stays as it is until the new one is whole; an "
+        "interrupted run leaves nothing behind, and the same command runs it again.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -168,6 +170,11 @@ def output_path(model: str, output: Path | None) -> Path:
     else:
         path = Path(f"{base_name(model)}.{NEIGHBOUR}")
     _require_writable("--output", path)
+    # It is written beside its place and moved there once it is whole.
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise TailorKVError(
+            f"--output {path}: no file can be made in its directory; give another path"
+        )
     if path.exists():
         try:
             load_profile(path)
@@ -285,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those after `identify`.
 
     Returns:
-        The exit status: 0, or 1 after a line on what is wrong.
+        The exit status: 0, 1 after a line on what is wrong, or 130 if it was interrupted.
     """
     options = _parser().parse_args(arguments)
     if not options.verbose:
@@ -300,4 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exception(error)
         print(f"vllm-tailorkv: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("vllm-tailorkv: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     return 0
