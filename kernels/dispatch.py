@@ -90,7 +90,6 @@ def obstacle(name: str, device_type: str) -> str | None:
     return f"{name}: {why}" if why else None
 
 
-@cache
 def choose(op: str, device_type: str) -> Choice:
     """The implementation of `op` for tensors on `device_type`.
 
@@ -98,7 +97,17 @@ def choose(op: str, device_type: str) -> Choice:
         TailorKVError: the one asked for by name is unknown, unavailable or not for the
             device; or no fast implementation is available and none was named.
     """
-    wanted = envs.kernels()
+    return _choose(op, device_type, envs.kernels())
+
+
+def forget() -> None:
+    """Choose anew: what is available may have changed."""
+    _choose.cache_clear()
+    unavailable.cache_clear()
+
+
+@cache
+def _choose(op: str, device_type: str, wanted: str | None) -> Choice:
     if wanted is not None and wanted not in NAMED:
         raise TailorKVError(
             f"VLLM_TAILORKV_KERNELS={wanted} is unknown; choose one of {', '.join(NAMED)}"
@@ -127,10 +136,14 @@ def choose(op: str, device_type: str) -> Choice:
         if name not in COMPILED:
             function = checked(op, function)
         return Choice(op, name, reason, function)
-    raise TailorKVError(
-        f"no implementation of {op} on {device_type}: {'; '.join(reasons)}. Build the extension "
-        "(`pip install --no-build-isolation .` with a C++ compiler), or set "
+    remedy = (
+        "Build the extension (`pip install --no-build-isolation .` with a C++ compiler), or set "
         "VLLM_TAILORKV_KERNELS=reference to run without it, slowly"
+    )
+    if wanted is not None:
+        remedy = "Unset VLLM_TAILORKV_KERNELS"
+    raise TailorKVError(
+        f"no implementation of {op} on {device_type}: {'; '.join(reasons)}. {remedy}"
     )
 
 

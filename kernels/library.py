@@ -5,7 +5,9 @@ after the library's `Meta` variant, which checks shapes, dtypes and strides and 
 the same checks, of the same source, as those in front of the C++ kernels.
 """
 
+import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -26,6 +28,8 @@ def flat(argument: Any) -> Any:
 
 def _has(op: str, key: str) -> bool:
     """Whether the library has a variant of an op for a dispatch key."""
+    with suppress(ImportError):  # schemas and checks come with it
+        importlib.import_module("vllm_tailorkv._cpu")
     try:
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"vllm_tailorkv::{op}", key)
     except RuntimeError:  # an op of no such name

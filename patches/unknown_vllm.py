@@ -29,8 +29,9 @@ def refuse_selection(reason: TailorKVError) -> None:
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         attention = getattr(vllm_config, "attention_config", None)
-        backend = getattr(attention, "backend", None)
-        if getattr(backend, "name", None) == NAME:
+        per_kind = getattr(attention, "backend_per_kind", None) or {}
+        selected = [getattr(attention, "backend", None), *per_kind.values()]
+        if any(getattr(backend, "name", None) == NAME for backend in selected):
             raise reason
         original(cls, vllm_config)
 

@@ -13,7 +13,7 @@ import vllm_tailorkv
 from vllm_tailorkv.config import load_config
 from vllm_tailorkv.errors import TailorKVError
 
-INSTALL = "see the README's installation section"
+INSTALL = "see the README, section Using it"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _check_ops() -> Iterator[Finding]:
             choice = choose(op, "cpu")
         except TailorKVError as error:
             yield Finding(op, "none", str(error))
-            continue
+            return
         what = IMPLEMENTATIONS[choice.name]
         if choice.name == "cpu":
             import torch  # noqa: PLC0415

@@ -30,20 +30,21 @@ def report_in_one_line() -> None:
     if getattr(previous, "_tailorkv", False):
         return
     if _FILE not in os.environ:
-        os.environ[_FILE] = str(Path(tempfile.gettempdir()) / f"tailorkv-{os.getpid()}.failure")
-        _take_note()  # of an earlier process with this number
-        atexit.register(_take_note)
+        handle, path = tempfile.mkstemp(prefix="tailorkv-", suffix=".failure")
+        os.close(handle)
+        os.environ[_FILE] = f"{os.getpid()}:{path}"
+        atexit.register(_remove, Path(path))
 
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        # vLLM starts its processes by `multiprocessing`, which calls no hook in them.
-        noted = _take_note()
         if isinstance(error, TailorKVError):
-            noted = str(error)
-        else:
-            previous(kind, error, traceback)
-        if noted:
+            print(f"vllm-tailorkv: error: {error}", file=sys.stderr)
+            return
+        previous(kind, error, traceback)
+        # What vLLM says when a process of its own did not come up; `multiprocessing`, which starts
+        # them, calls no hook in them.
+        if "initialization failed" in str(error) and (noted := _take_note()):
             print(f"vllm-tailorkv: error: {noted}", file=sys.stderr)
 
     hook._tailorkv = True  # type: ignore[attr-defined]
@@ -58,7 +59,9 @@ def noted(function: Callable[P, T]) -> Callable[P, T]:
         try:
             return function(*args, **kwargs)
         except TailorKVError as error:
-            if path := os.environ.get(_FILE):
+            owner, _, path = os.environ.get(_FILE, "").partition(":")
+            # In the first process the error itself arrives where it is read.
+            if path and owner != str(os.getpid()):
                 with contextlib.suppress(OSError):
                     Path(path).write_text(str(error))
             raise
@@ -68,10 +71,15 @@ def noted(function: Callable[P, T]) -> Callable[P, T]:
 
 def _take_note() -> str | None:
     """What a process wrote down, once."""
-    path = Path(os.environ[_FILE])
+    path = Path(os.environ[_FILE].partition(":")[2])
     try:
         text = path.read_text()
-        path.unlink()
+        path.write_text("")
     except OSError:
         return None
     return text
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()

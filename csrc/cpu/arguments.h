@@ -159,13 +159,17 @@ inline BlockTable block_table_of(const Contract& contract, const Tensor& tensor)
   return {data<const int32_t>(contract, tensor, "block_table"), tensor.stride(0)};
 }
 
-// One value a row, none beyond `limit`: so many tokens there is room for.
+// One value a row, none beyond `limit`: so many tokens there is room for. A tail may start before
+// its row does; a length is never negative.
 inline const int32_t* row_values_of(const Contract& contract, const Tensor& tensor,
-                                    const char* name, int64_t limit) {
+                                    const char* name, int64_t limit,
+                                    int64_t least = std::numeric_limits<int32_t>::min()) {
   const auto* values = data<const int32_t>(contract, tensor, name);
   for (int64_t row = 0; row < tensor.size(0); ++row) {
     contract.require(values[row] <= limit, name, "[", row, "] is ", values[row],
                      ", but there is room for ", limit, " tokens");
+    contract.require(values[row] >= least, name, "[", row, "] is ", values[row],
+                     ", but must be at least ", least);
   }
   return values;
 }
@@ -200,8 +204,11 @@ inline void check_tokens(const Contract& contract, const Axes& axes, const int32
   if (!checks_values()) return;
   for (int64_t row = 0; row < axes.R.size; ++row) {
     for (int64_t i = 0; i < axes.Hk.size * count; ++i) {
-      const int32_t token = indices[row * axes.Hk.size * count + i];
+      const int32_t* at = indices + row * axes.Hk.size * count + i;
+      const int32_t token = *at;
       if (token < 0) continue;
+      contract.require(i % count == 0 || at[-1] >= 0, name, " of row ", row, " hold token ", token,
+                       " behind a negative one, which ends them");
       const int64_t place = token / axes.bs.size;
       contract.require(place < axes.max_blocks.size, name, " of row ", row, " hold token ", token,
                        ", but there is room for ", axes.max_blocks.size * axes.bs.size);

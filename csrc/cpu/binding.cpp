@@ -110,7 +110,7 @@ Decode decode_of(const Contract& contract, const Axes& axes, const Tensor& outpu
                       cache_of(contract, key_cache, "key_cache"),
                       cache_of(contract, value_cache, "value_cache"),
                       block_table_of(contract, block_table),
-                      row_values_of(contract, seq_lens, "seq_lens", room(axes)),
+                      row_values_of(contract, seq_lens, "seq_lens", room(axes), 0),
                       static_cast<float>(scale),
                       static_cast<float>(softcap)};
   check_blocks(contract, axes, decode.block_table, decode.seq_lens);
@@ -133,7 +133,7 @@ void quantized_decode_attention(const Tensor& output, const Tensor& query, const
                                   block_table, seq_lens, scale, softcap);
   kernels().quantized_decode_attention(
       {decode, grouping, codes_of(contract, codes, 0), codes_of(contract, codes, 3),
-       row_values_of(contract, tail_start, "tail_start", room(axes))});
+       row_values_of(contract, tail_start, "tail_start", room(axes), 0)});
 }
 
 template <bool Run>

@@ -92,13 +92,6 @@ T* at(const Records<void>& records, int64_t block, int64_t head, int64_t group) 
          group * records.group;
 }
 
-// Sum of products of two rows of floats, whole vectors long.
-inline float dot(const float* a, const float* b, int64_t n) {
-  F total = splat(0);
-  for (int64_t i = 0; i < n; i += W) total = fma(load(a + i), load(b + i), total);
-  return sum(total);
-}
-
 // The sums of N vectors.
 template <int N>
 void sums(const F (&x)[N], float (&result)[N]) {

@@ -25,7 +25,7 @@ void log_mass_of(const LogMass& op) {
     Partial partial{highest + thread * group_heads, total + thread * group_heads, nullptr};
     clear(partial, group_heads, 0);
     const int64_t length = decode.seq_lens[task.row], sinks = smaller(op.sink_tokens, length);
-    const int64_t skipped = larger(op.tail_start[task.row], sinks) - sinks;
+    const int64_t skipped = smaller(larger(op.tail_start[task.row], sinks), length) - sinks;
     int64_t n = 0;
     for (int64_t place = 0; place < length - skipped; ++place) {
       scratch.positions[n++] = static_cast<int32_t>(place < sinks ? place : place + skipped);

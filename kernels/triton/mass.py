@@ -47,7 +47,7 @@ def _log_mass(
     length = tl.load(seq_lens + row)
     sinks = tl.minimum(sink_tokens, length)
     # A token that is both a sink and in the tail counts as a sink.
-    skipped = tl.maximum(tl.load(tail_start + row), sinks) - sinks
+    skipped = tl.minimum(tl.maximum(tl.load(tail_start + row), sinks), length) - sinks
     channels, heads = tl.arange(0, CHANNELS), tl.arange(0, ROWS)
     highest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)

@@ -46,9 +46,9 @@ def some_implementation() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         if cpu.unavailable() and "VLLM_TAILORKV_KERNELS" not in os.environ:
             monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "reference")
-        dispatch.choose.cache_clear()
+        dispatch.forget()
         yield
-    dispatch.choose.cache_clear()
+    dispatch.forget()
     torch.set_num_threads(threads)
 
 

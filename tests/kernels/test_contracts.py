@@ -239,6 +239,10 @@ BROKEN: list[tuple[str, str, Callable[[Any], Any]]] = [
     ("quantized_decode_attention", "block_table", strided),
     ("quantized_decode_attention", "block_table", lambda x: x[:, :1]),
     ("quantized_decode_attention", "seq_lens", lambda x: x + 10_000),
+    ("quantized_decode_attention", "seq_lens", lambda x: x - 10_000),
+    ("quantized_decode_attention", "tail_start", lambda x: x - 10_000),
+    ("sparse_decode_attention", "seq_lens", lambda x: x - 301),
+    ("log_mass", "seq_lens", lambda x: x - 10_000),
     ("quantized_decode_attention", "tail_start", lambda x: x + 9_984),
     ("quantized_decode_attention", "tail_start", halved(0)),
     ("log_mass", "mass", halved(1)),
@@ -294,7 +298,7 @@ BROKEN: list[tuple[str, str, Callable[[Any], Any]]] = [
     ("dense_preference", "query", lambda x: x[:0]),
     ("dense_preference", "alpha", number(0.0)),
 ]
-LENGTHS_OF = ("seq_lens", "tail_start", "tail_start", "max_tail_start", "scores", "block_table")
+LENGTHS_OF = ("seq_lens", "tail_start", "max_tail_start", "scores", "block_table")
 """Arguments whose lengths are held against values, which fakes do not have."""
 
 
@@ -337,6 +341,7 @@ VALUES = [
     ("score_onebit", "block_table", lambda x: x + 1_000, "block_table"),
     ("propose_channels", "block_table", lambda x: x + 1_000, "block_table"),
     ("rerank_topk", "candidates", lambda x: x + 10_000, "candidates"),
+    ("rerank_topk", "candidates", lambda x: x.index_fill(2, torch.tensor([0]), -5), "candidates"),
     ("rerank_topk", "block_table", lambda x: x + 1_000, "candidates"),
     ("retrieve_onebit", "block_table", lambda x: x + 1_000, "block_table"),
     ("sparse_decode_attention", "indices", lambda x: x + 10_000, "indices"),

@@ -14,8 +14,7 @@ from vllm_tailorkv.kernels import cpu, cuda, dispatch, ops, triton
 @pytest.fixture(autouse=True)
 def fresh_choices():
     def clear():
-        dispatch.choose.cache_clear()
-        dispatch.unavailable.cache_clear()
+        dispatch.forget()
 
     clear()
     yield
@@ -55,7 +54,7 @@ def test_triton_on_cpu_tensors_by_name_only(monkeypatch):
     monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "triton")
     assert dispatch.choose("write_kv", "cpu").name == "triton"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    dispatch.choose.cache_clear()
+    dispatch.forget()
     with pytest.raises(TailorKVError, match="triton does not run on cpu"):
         dispatch.choose("write_kv", "cpu")
 

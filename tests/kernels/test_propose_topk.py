@@ -129,7 +129,7 @@ def test_without_a_fused_op(monkeypatch, build_context, kind):
     query = torch.randn(len(LENGTHS), 2, 1, 64)
     expected = in_two_steps(reference, context, query, context.complete, 100)
     monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "reference")
-    dispatch.choose.cache_clear()
+    dispatch.forget()
     indices = torch.empty(len(LENGTHS), 2, 100, dtype=torch.int32)
     pages = (context.cache.derived, context.cache.host.key, context.block_table)
     try:
@@ -144,7 +144,7 @@ def test_without_a_fused_op(monkeypatch, build_context, kind):
         )
     finally:
         monkeypatch.undo()
-        dispatch.choose.cache_clear()
+        dispatch.forget()
     assert torch.equal(indices, expected)
 
 

@@ -79,9 +79,20 @@ def test_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert carry_plan(config) == plan == plan_of(config)
     assert plan.config.bits == 1
     assert config.additional_config["another plugin"] == 5
+    # Other options are another plan, although the dict holds this one.
+    changed = {**config.additional_config, "tailorkv": {"bits": 2}}
+    monkeypatch.delenv("VLLM_TAILORKV_BITS")
+    assert carry_plan(config_with(changed, monkeypatch)).config.bits == 2
     # The same options for another model are another plan.
     other = config_with(config.additional_config, monkeypatch, ModelShape("b", "A", 2, 1, 64))
     assert carry_plan(other).layers.num_layers == 2
+
+
+def test_a_plan_that_is_none() -> None:
+    for value in ({}, 5, {"model": {}, "config": {}, "layers": {}}):
+        config: Any = SimpleNamespace(additional_config={"tailorkv_plan": value})
+        with pytest.raises(TailorKVError, match="ours to write"):
+            plan_of(config)
 
 
 def test_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +122,8 @@ def test_other_keys_are_not_ours(monkeypatch: pytest.MonkeyPatch, key: str) -> N
 def calls_of(name: str) -> set[str]:
     """The modules of the package that call a function or class of this name."""
     found = set()
-    for path in [*ROOT.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+    folders = (ROOT, ROOT / "kernels", ROOT / "patches")
+    for path in (path for folder in folders for path in folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             called = node.func if isinstance(node, ast.Call) else None
             if getattr(called, "id", getattr(called, "attr", None)) == name:

@@ -15,6 +15,9 @@ SECTION = "tailorkv"
 """The key of our options in `--additional-config`."""
 
 _CARRIED = "tailorkv_plan"
+_OF = "tailorkv_plan_of"
+"""The options that the plan was made of: where they differ, it is another engine's."""
+
 _EXAMPLE = """--additional-config '{"tailorkv": {"topk_tokens": 256}}'"""
 
 
@@ -48,7 +51,7 @@ def options_of(vllm_config: VllmConfig) -> Any:
     if not isinstance(additional, dict):
         return None
     for key, value in additional.items():
-        if key in (SECTION, _CARRIED):
+        if key in (SECTION, _CARRIED, _OF):
             continue
         if key in TailorKVConfig.model_fields:
             raise TailorKVError(
@@ -71,14 +74,15 @@ def carry_plan(vllm_config: VllmConfig) -> Plan:
         TailorKVError: naming the option at fault and the remedy.
     """
     additional, shape = vllm_config.additional_config, model_shape(vllm_config)
-    if isinstance(additional, dict) and _CARRIED in additional:
-        plan = Plan.from_json(additional[_CARRIED])
+    given = additional if isinstance(additional, dict) else {}
+    options = options_of(vllm_config)
+    if _CARRIED in given and given.get(_OF) == options:
+        plan = plan_of(vllm_config)
         if plan.model == shape:
             return plan
-    plan = make_plan(options_of(vllm_config), shape)
+    plan = make_plan(options, shape)
     # A new dict: the user may give the old one to another engine.
-    given = additional if isinstance(additional, dict) else {}
-    vllm_config.additional_config = {**given, _CARRIED: plan.as_json()}
+    vllm_config.additional_config = {**given, _CARRIED: plan.as_json(), _OF: options}
     return plan
 
 
@@ -94,4 +98,9 @@ def plan_of(vllm_config: VllmConfig) -> Plan:
             "--attention-backend tailorkv: vLLM's configuration was not checked before the engine "
             "started; select the backend by that option, or attention_backend in Python"
         )
-    return Plan.from_json(additional[_CARRIED])
+    try:
+        return Plan.from_json(additional[_CARRIED])
+    except (KeyError, TypeError, ValueError):
+        raise TailorKVError(
+            f"--additional-config has {_CARRIED!r}, which is ours to write; leave it out"
+        ) from None

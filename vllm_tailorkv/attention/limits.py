@@ -22,17 +22,17 @@ def require_room(
     Raises:
         TailorKVError: it cannot.
     """
-    if vllm_config.model_config.original_max_model_len == -1:
-        # vLLM then fits the length to the cache.
-        return
-    needed = blocks_of_one_request(vllm_config, block_size)
+    # Without a length of the user's, vLLM fits it to the cache: at least a block, and the null one.
+    is_free = vllm_config.model_config.original_max_model_len == -1
+    needed = 2 if is_free else blocks_of_one_request(vllm_config, block_size)
     if budget // block_bytes >= needed:
         return
     fits = max(0, budget // block_bytes - 1) * block_size
+    length = block_size if is_free else vllm_config.model_config.max_model_len
+    lower = f", or lower --max-model-len to {fits:,}" if fits else ""
     raise TailorKVError(
-        f"{name} holds {fits:,} tokens, but one request may have "
-        f"{vllm_config.model_config.max_model_len:,}; give at least "
-        f"{needed * block_bytes / GIB:.3f} GiB, or lower --max-model-len to {fits:,}"
+        f"{name} holds {fits:,} tokens, but one request may have {length:,}; give at least "
+        f"{needed * block_bytes / GIB:.3g} GiB{lower}"
     )
 
 
@@ -75,7 +75,7 @@ def check_budgets(vllm_config: VllmConfig, plan: Plan, sizing: CacheSizing | Non
     if memory is not None and vllm_config.cache_config.num_gpu_blocks_override is None:
         shared = sizing.split and pool is None
         block_bytes = sizing.pool_bytes + (sizing.host_bytes if shared else 0)
-        name = f"--kv-cache-memory-bytes (or VLLM_CPU_KVCACHE_SPACE) of {memory / GIB:.3f} GiB"
+        name = f"--kv-cache-memory-bytes (or VLLM_CPU_KVCACHE_SPACE) of {memory / GIB:.3g} GiB"
         require_room(vllm_config, name, sizing.block_size, memory, block_bytes)
 
 

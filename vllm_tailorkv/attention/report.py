@@ -1,5 +1,7 @@
 """What the user is told of the plan: lines of the start-up log, and a metric that programs read."""
 
+import os
+from collections.abc import Sequence
 from functools import cache
 
 from prometheus_client import Gauge
@@ -50,20 +52,37 @@ def _listed(layers: tuple[int, ...]) -> str:
     return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs) or "none"
 
 
-def tell_plan(plan: Plan, sizing: CacheSizing | None) -> None:
+def forget_plan() -> None:
+    """Take an earlier engine's plan off the metric."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # where labels cannot be cleared
+        _gauge().clear()
+
+
+def tell_plan(plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int]) -> None:
     """Log the plan and set the metric.
 
     Args:
         sizing: of every worker, if that is known: bytes of a token in all its layers.
+        windowed: layers with a sliding window, which are vLLM's.
     """
     config, layers = plan.config, plan.layers
+    dense = tuple(layer for layer in layers.dense if layer not in windowed)
+    sparse = tuple(layer for layer in layers.sparse if layer not in windowed)
+    others = f"; left to vLLM: {_listed(tuple(windowed))}" if windowed else ""
     logger.info_once(
-        "TailorKV: dense layers (quantized to %d bit): %s; sparse layers: %s; from %s.",
+        "TailorKV: dense layers (quantized to %d bit): %s; sparse layers: %s%s; from %s.",
         config.bits,
-        _listed(layers.dense),
-        _listed(layers.sparse),
+        _listed(dense),
+        _listed(sparse),
+        others,
         layers.source,
     )
+    if ignored := sorted(set(layers.dense) - set(dense)):
+        logger.warning_once(
+            "TailorKV: the profile calls layers %s dense, which have a sliding window and are left "
+            "to vLLM.",
+            ", ".join(map(str, ignored)),
+        )
     logger.info_once(
         "TailorKV: contexts up to %s tokens are attended in full; beyond, a sparse layer reads %s "
         "tokens a step, found by index %s.",
@@ -73,8 +92,8 @@ def tell_plan(plan: Plan, sizing: CacheSizing | None) -> None:
     )
     tokens = sizing.block_size if sizing else 1
     values: dict[str, object] = {
-        "dense_layers": ",".join(map(str, layers.dense)),
-        "sparse_layers": ",".join(map(str, layers.sparse)),
+        "dense_layers": ",".join(map(str, dense)),
+        "sparse_layers": ",".join(map(str, sparse)),
         "plan_source": layers.source,
         "placement": "split" if plan.split else "joint",
         "index": config.index,
@@ -88,9 +107,8 @@ def tell_plan(plan: Plan, sizing: CacheSizing | None) -> None:
         "host_bytes_per_token": sizing.host_bytes // tokens if sizing else "",
         "derived_bytes_per_token": sizing.derived_bytes // tokens if sizing else "",
     }
-    gauge = _gauge()
-    gauge.clear()
-    gauge.labels(**values).set(1)
+    forget_plan()
+    _gauge().labels(**values).set(1)
 
 
 def tell_sizes(vllm_config: VllmConfig, sizing: CacheSizing, num_blocks: int) -> None:

@@ -13,7 +13,7 @@ from vllm_tailorkv.attention.budget import expected_sizing
 from vllm_tailorkv.attention.carried import carry_plan, is_selected
 from vllm_tailorkv.attention.limits import check_budgets, require_a_layer
 from vllm_tailorkv.attention.name import LOGGER
-from vllm_tailorkv.attention.report import tell_plan
+from vllm_tailorkv.attention.report import forget_plan, tell_plan
 from vllm_tailorkv.cache.huge_pages import prepare_huge_pages
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.kernels.dispatch import OPS, choose
@@ -141,6 +141,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
                 f"{_UNREAD}=tailorkv is not read by this vLLM; give --attention-backend tailorkv "
                 "(in Python: attention_backend), and unset it"
             )
+        forget_plan()
         return
     if vllm_config.model_config is None:
         return
@@ -148,8 +149,9 @@ def check_engine(vllm_config: VllmConfig) -> None:
     _check_runner(model)
     _check_engine_options(vllm_config)
     _check_attention(model)
-    kinds = getattr(model.hf_text_config, "layer_types", None)
-    if kinds and set(kinds) == {"sliding_attention"}:
+    kinds = getattr(model.hf_text_config, "layer_types", None) or []
+    windowed = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
+    if kinds and len(windowed) == len(kinds):
         require_a_layer(vllm_config)
     _check_cache_scheme(model, cache_dtype)
     _check_cache_dtype(cache_dtype, model.dtype)
@@ -168,7 +170,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if model.get_sliding_window() is not None:
         # Pages of different sizes fit vLLM's CPU layout in one group only.
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
-    tell_plan(plan, sizing)
+    tell_plan(plan, sizing, windowed)
     if plan.layers.is_fallback:
         logger.warning_once(
             "TailorKV: no profile is known for %s, so all its layers are sparse. Where some "
