@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import speculation
-import transformers
 from engines import engine, greedy
 
 from vllm_tailorkv.errors import TailorKVError
@@ -13,6 +12,8 @@ from vllm_tailorkv.errors import TailorKVError
 @pytest.fixture(scope="module")
 def draft(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first layer of the random Llama."""
+    import transformers
+
     path = tmp_path_factory.mktemp("models") / "draft"
     load = transformers.LlamaForCausalLM.from_pretrained
     load(random_llama, num_hidden_layers=1).save_pretrained(path)
