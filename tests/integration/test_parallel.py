@@ -1,4 +1,4 @@
-"""A server of several engines and several API servers."""
+"""Servers of several processes: pipeline and data parallel, two API servers."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -88,3 +88,13 @@ def test_data_parallel_with_two_api_servers(
     plan = server.plan()
     assert plan is not None
     assert plan.dense_layers == LONG_OPTIONS["onebit"]["profile"]["dense_layers"]
+
+
+def test_pipeline_parallel(serve: Callable[..., VllmServer], expected: list[list[int]]) -> None:
+    """The layers of the first stage are all dense, those of the second all sparse."""
+    # Without a warm-up the second stage of vLLM on a CPU fails at the first request.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLLM_CPU_CI_ENV")
+        compilation = '{"mode": 1, "backend": "eager"}'
+        server = serve("--pipeline-parallel-size", "2", "--compilation-config", compilation)
+    assert answers(server) == expected
