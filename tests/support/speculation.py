@@ -53,26 +53,26 @@ class Result:
     accepted: int
 
 
-def run(model: Path, name: str) -> Result:
+def run(model: Path, name: str, draft: Path | None = None) -> Result:
     """Run one case in a process of its own.
+
+    Args:
+        draft: a model that drafts; without one, n-grams of the prompt do.
 
     After speculation, vLLM's CPU worker cannot start again in the same process: it trips over
     modules that speculation has imported.
     """
-    command = [sys.executable, __file__, str(model), name]
+    command = [sys.executable, __file__, str(model), name, *([] if draft is None else [str(draft)])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def main(model: Path, case: Speculation) -> None:
+def main(model: Path, case: Speculation, *draft: str) -> None:
     """Run our engine."""
-    config = {
-        "method": "ngram",
-        "num_speculative_tokens": 3,
-        "prompt_lookup_min": 1,
-        "prompt_lookup_max": 3,
-    }
+    ngrams = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    drafter = {"method": "draft_model", "model": draft[0]} if draft else ngrams
+    config = {"num_speculative_tokens": 3} | drafter
     arguments = {"speculative_config": config, "disable_log_stats": False}
     with tailored_ops() as rows, engine(model, case.options, **arguments) as llm:
         tokens = greedy(llm, case.prompts, STEPS)
@@ -83,4 +83,4 @@ def main(model: Path, case: Speculation) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), CASES[sys.argv[2]])
+    main(Path(sys.argv[1]), CASES[sys.argv[2]], *sys.argv[3:])

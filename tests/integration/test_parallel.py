@@ -1,0 +1,100 @@
+"""Servers of several processes: pipeline and data parallel, two API servers."""
+
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from engines import LONG_OPTIONS, engine, greedy, random_prompts
+
+from vllm_tailorkv.demo.server import MODEL_NAME, ServerOptions, VllmServer
+
+PROMPTS = random_prompts([300, 500, 600, 700], seed=31)
+STEPS = 24
+OPTIONS = {"preset": "fast", "full_attention_below": 0} | LONG_OPTIONS["onebit"]
+
+
+@pytest.fixture(scope="module")
+def expected(random_llama: Path) -> list[list[int]]:
+    """What one process says with the same options, codes and indexes read."""
+    with engine(random_llama, LONG_OPTIONS["onebit"]) as llm:
+        return greedy(llm, PROMPTS, STEPS)
+
+
+@pytest.fixture
+def serve(random_llama: Path, tmp_path: Path) -> Iterator[Callable[..., VllmServer]]:
+    """Starts servers with some arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        # Dynamo without compilation: a compiled model takes a minute more.
+        patch.setenv("VLLM_CPU_CI_ENV", "1")
+        patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+        # vLLM would bind workers to NUMA nodes, of which there may be one.
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        servers = []
+
+        def start(*arguments: str) -> VllmServer:
+            options = ServerOptions(
+                model=random_llama,
+                log=tmp_path / "server.log",
+                max_model_len=2048,
+                cache_gib=1,
+                backend="tailorkv",
+                config=OPTIONS,
+                dtype="float32",
+                arguments=arguments,
+            )
+            servers.append(VllmServer(options))
+            servers[-1].start()
+            servers[-1].wait_until_healthy(lambda _: None, timeout=240)
+            return servers[-1]
+
+        yield start
+        for server in servers:
+            server.stop()
+
+
+def answers(server: VllmServer) -> list[list[int]]:
+    """What it says to all prompts at once, each over a connection of its own."""
+
+    def ask(prompt: list[int]) -> Any:
+        request = {
+            "model": MODEL_NAME,
+            "prompt": prompt,
+            "max_tokens": STEPS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        reply = httpx.post(f"{server.url}/v1/completions", json=request, timeout=120)
+        return reply.raise_for_status().json()["choices"][0]["token_ids"]
+
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        return list(pool.map(ask, PROMPTS))
+
+
+def test_data_parallel_with_two_api_servers(
+    serve: Callable[..., VllmServer], expected: list[list[int]]
+) -> None:
+    server = serve("--data-parallel-size", "2", "--api-server-count", "2")
+    assert answers(server) == expected
+    metrics = httpx.get(f"{server.url}/metrics").text
+    generated = re.findall(r'^vllm:generation_tokens_total{engine="(\d)".* (\S+)$', metrics, re.M)
+    assert {engine for engine, count in generated if float(count)} == {"0", "1"}
+    plan = server.plan()
+    assert plan is not None
+    assert plan.dense_layers == LONG_OPTIONS["onebit"]["profile"]["dense_layers"]
+
+
+def test_pipeline_parallel(serve: Callable[..., VllmServer], expected: list[list[int]]) -> None:
+    """The layers of the first stage are all dense, those of the second all sparse."""
+    # Without a warm-up the second stage of vLLM on a CPU fails at the first request.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLLM_CPU_CI_ENV")
+        compilation = '{"mode": 1, "backend": "eager"}'
+        server = serve("--pipeline-parallel-size", "2", "--compilation-config", compilation)
+    assert answers(server) == expected
