@@ -58,7 +58,7 @@ CASES: list[tuple[str, dict[str, Any] | None, dict[str, Any], list[str]]] = [
         "host pool",
         {"placement": "split", "host_pool_gib": 0.001},
         {},
-        ["host_pool_gib=0.001", "--max-model-len"],
+        ["host_pool_gib=0.001", "give at least"],
     ),
     (
         "host pool beyond the memory",
