@@ -59,12 +59,13 @@ def option_overrides(options: Iterable[str]) -> dict[str, str]:
     return overrides
 
 
-def names(options: Iterable[str]) -> list[str]:
-    """Every variable that means something to us, and those of Kubernetes that are set.
+def values(options: Iterable[str]) -> dict[str, str | None]:
+    """Every variable that means something to us, and those of Kubernetes that are set, as None.
 
     Args:
         options: names of the options.
     """
-    set_ = (name.removeprefix(PREFIX) for name in os.environ if name.startswith(PREFIX))
-    of_kubernetes = [PREFIX + name for name in set_ if _OF_KUBERNETES.fullmatch(name)]
-    return [*VARIABLES, *(PREFIX + option.upper() for option in options), *of_kubernetes]
+    names = [*VARIABLES, *(PREFIX + option.upper() for option in options)]
+    ours = [name for name in os.environ if name.startswith(PREFIX) and name not in names]
+    foreign = [name for name in ours if _OF_KUBERNETES.fullmatch(name.removeprefix(PREFIX))]
+    return {name: os.environ.get(name) for name in names} | dict.fromkeys(foreign)

@@ -1,7 +1,6 @@
 """What vLLM calls in each of its processes: `register`, through `vllm.general_plugins`."""
 
 import logging
-import os
 
 from vllm_tailorkv import failures
 from vllm_tailorkv.errors import TailorKVError
@@ -42,5 +41,7 @@ def _enter_variables() -> None:
     from vllm_tailorkv import envs  # noqa: PLC0415
     from vllm_tailorkv.config import TailorKVConfig  # noqa: PLC0415
 
-    for name in envs.names(TailorKVConfig.model_fields):
-        vllm_envs.environment_variables.setdefault(name, lambda name=name: os.environ.get(name))
+    # What vLLM caches of a compiled model is known by these values: addresses of Kubernetes, which
+    # change with every pod, must not be among them.
+    for name, value in envs.values(TailorKVConfig.model_fields).items():
+        vllm_envs.environment_variables.setdefault(name, lambda value=value: value)

@@ -15,7 +15,10 @@ from vllm_tailorkv.plan import Plan
 logger = init_logger(LOGGER)
 
 METRIC = "tailorkv_plan_info"
-"""A metric of value 1 whose labels are the plan; under `/metrics` of a server."""
+"""A metric of value 1 whose labels are the plan; under `/metrics` of a server.
+
+Of several engines made in one process it tells the last one's.
+"""
 
 _LABELS = (
     "dense_layers",
@@ -50,12 +53,6 @@ def _listed(layers: tuple[int, ...]) -> str:
         else:
             runs.append([layer])
     return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs) or "none"
-
-
-def forget_plan() -> None:
-    """Take an earlier engine's plan off the metric."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # where labels cannot be cleared
-        _gauge().clear()
 
 
 def tell_plan(plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int]) -> None:
@@ -107,8 +104,10 @@ def tell_plan(plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int]) -
         "host_bytes_per_token": sizing.host_bytes // tokens if sizing else "",
         "derived_bytes_per_token": sizing.derived_bytes // tokens if sizing else "",
     }
-    forget_plan()
-    _gauge().labels(**values).set(1)
+    gauge = _gauge()
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # where labels cannot be cleared
+        gauge.clear()
+    gauge.labels(**values).set(1)
 
 
 def tell_sizes(vllm_config: VllmConfig, sizing: CacheSizing, num_blocks: int) -> None:

@@ -13,7 +13,7 @@ from vllm_tailorkv.attention.budget import expected_sizing
 from vllm_tailorkv.attention.carried import carry_plan, is_selected
 from vllm_tailorkv.attention.limits import check_budgets, require_a_layer
 from vllm_tailorkv.attention.name import LOGGER
-from vllm_tailorkv.attention.report import forget_plan, tell_plan
+from vllm_tailorkv.attention.report import tell_plan
 from vllm_tailorkv.cache.huge_pages import prepare_huge_pages
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.kernels.dispatch import OPS, choose
@@ -141,7 +141,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
                 f"{_UNREAD}=tailorkv is not read by this vLLM; give --attention-backend tailorkv "
                 "(in Python: attention_backend), and unset it"
             )
-        forget_plan()
         return
     if vllm_config.model_config is None:
         return
