@@ -176,7 +176,7 @@ def load_profile(path: Path) -> Profile:
         profile = Profile.model_validate(json.loads(path.read_text()))
     except OSError as error:
         raise TailorKVError(
-            f"profile={str(path)!r}: {error.strerror}; give a path that exists"
+            f"profile={str(path)!r}: {error.strerror}; give the path of a profile file"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise TailorKVError(f"profile={str(path)!r} is no JSON: {error}") from None

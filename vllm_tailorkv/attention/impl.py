@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 
 from vllm_tailorkv.attention.carried import plan_of
 from vllm_tailorkv.attention.metadata import DecodeRows, ExactRows, TailorKVMetadata
-from vllm_tailorkv.attention.name import LOGGER
+from vllm_tailorkv.attention.name import LOGGER, OTHER_BACKEND
 from vllm_tailorkv.attention.selection import Layer, Pages, Selector, retrieve
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.cache.host_pool import allocate_host_pool
@@ -52,8 +52,8 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             given.append("a sliding window")
         if given:
             raise TailorKVError(
-                f"--attention-backend tailorkv: {', '.join(given)} is not supported; leave "
-                "--attention-backend out to use vLLM's own"
+                f"--attention-backend tailorkv: {', '.join(given)} is not supported; "
+                f"{OTHER_BACKEND}"
             )
         self.num_heads = num_heads
         self.head_size = head_size
@@ -84,7 +84,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         if self.spec is None:
             raise TailorKVError(
                 f"--attention-backend tailorkv: the cache of {layer_name} is of a kind that is "
-                "not supported; leave --attention-backend out to use vLLM's own"
+                f"not supported; {OTHER_BACKEND}"
             )
         layout, dtype = self.spec.layout, self.spec.dtype
         raw = kv_cache.flatten(1).view(torch.uint8)

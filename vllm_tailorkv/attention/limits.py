@@ -4,6 +4,7 @@ from vllm.config import VllmConfig
 
 from vllm_tailorkv.attention.budget import available_memory, blocks_of_one_request, pool_bytes
 from vllm_tailorkv.attention.carried import is_selected
+from vllm_tailorkv.attention.name import OTHER_BACKEND
 from vllm_tailorkv.cache.sizing import GIB, CacheSizing
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.plan import Plan
@@ -88,7 +89,7 @@ def require_a_layer(vllm_config: VllmConfig) -> None:
     if is_selected(vllm_config):
         raise TailorKVError(
             f"--attention-backend tailorkv: {vllm_config.model_config.model} has no layer with "
-            "full attention (sliding windows are left to vLLM); leave --attention-backend out"
+            f"full attention (sliding windows are left to vLLM); {OTHER_BACKEND}"
         )
 
 

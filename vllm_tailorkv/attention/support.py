@@ -12,15 +12,13 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm_tailorkv.attention.budget import expected_sizing
 from vllm_tailorkv.attention.carried import carry_plan, is_selected
 from vllm_tailorkv.attention.limits import check_budgets, require_a_layer
-from vllm_tailorkv.attention.name import LOGGER
+from vllm_tailorkv.attention.name import LOGGER, OTHER_BACKEND
 from vllm_tailorkv.attention.report import tell_plan
 from vllm_tailorkv.cache.huge_pages import prepare_huge_pages
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.kernels.dispatch import OPS, choose
 
 logger = init_logger(LOGGER)
-
-OTHER_BACKEND = "leave --attention-backend out to use vLLM's own"
 
 _UNREAD = "VLLM_ATTENTION_BACKEND"
 """What older vLLMs selected a backend by."""
