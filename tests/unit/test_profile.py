@@ -188,7 +188,7 @@ def test_json_that_is_no_object(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing.json", "", "."])
 def test_no_file(tmp_path: Path, name: str) -> None:
     path = str(tmp_path / name)
-    with pytest.raises(TailorKVError, match="give a path") as caught:
+    with pytest.raises(TailorKVError, match="give the path") as caught:
         layer_plan(path, SHAPE)
     assert path.rstrip("/.") in str(caught.value)
 
