@@ -72,9 +72,9 @@ def test_reported_bytes_are_the_tensors(random_llama: Path, placement: str) -> N
     reported: list[Any] = []
     original = budget.CacheSizing.describe
 
-    def describe(self: Any, num_blocks: int) -> list[str]:
+    def describe(self: Any, num_blocks: int, max_model_len: int) -> list[str]:
         reported.append((self, num_blocks))
-        return original(self, num_blocks)
+        return original(self, num_blocks, max_model_len)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budget.CacheSizing, "describe", describe)
