@@ -36,6 +36,12 @@ def _wrap_backend(original: Callable[..., Any]) -> Callable[..., Any]:
 def _wrap_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         original(cls, vllm_config)
+        from vllm_tailorkv.attention import carried  # noqa: PLC0415
+
+        # Those who did not ask for our backend load no more of it than this.
+        if not carried.is_selected(vllm_config):
+            carried.refuse_unread_variable()
+            return
         from vllm_tailorkv.attention.support import check_engine  # noqa: PLC0415
 
         check_engine(vllm_config)

@@ -1,5 +1,6 @@
 """The plan inside vLLM's configuration: put there by the first process, read by the others."""
 
+import os
 from difflib import get_close_matches
 from typing import Any
 
@@ -18,6 +19,7 @@ _CARRIED = "tailorkv_plan"
 _OF = "tailorkv_plan_of"
 """The options that the plan was made of: where they differ, it is another engine's."""
 
+_UNREAD = "VLLM_ATTENTION_BACKEND"
 _EXAMPLE = """--additional-config '{"tailorkv": {"topk_tokens": 256}}'"""
 
 
@@ -26,6 +28,19 @@ def is_selected(vllm_config: VllmConfig) -> bool:
     attention = vllm_config.attention_config
     asked = [attention.backend, *attention.backend_per_kind.values()]
     return any(backend is not None and backend.name == NAME for backend in asked)
+
+
+def refuse_unread_variable() -> None:
+    """Refuse to serve by another backend where the environment asks for ours in vain.
+
+    Raises:
+        TailorKVError: it does, by what older vLLMs selected a backend by.
+    """
+    if os.environ.get(_UNREAD, "").lower() == "tailorkv":
+        raise TailorKVError(
+            f"{_UNREAD}=tailorkv is not read by this vLLM; give --attention-backend tailorkv (in "
+            "Python: attention_backend), and unset it"
+        )
 
 
 def model_shape(vllm_config: VllmConfig) -> ModelShape:

@@ -1,7 +1,5 @@
 """What TailorKV refuses, each with the option at fault and the remedy."""
 
-import os
-
 import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
@@ -10,7 +8,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_tailorkv.attention.budget import expected_sizing
-from vllm_tailorkv.attention.carried import carry_plan, is_selected
+from vllm_tailorkv.attention.carried import carry_plan
 from vllm_tailorkv.attention.limits import check_budgets, require_a_layer
 from vllm_tailorkv.attention.name import LOGGER, OTHER_BACKEND
 from vllm_tailorkv.attention.report import tell_plan
@@ -19,9 +17,6 @@ from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.kernels.dispatch import OPS, choose
 
 logger = init_logger(LOGGER)
-
-_UNREAD = "VLLM_ATTENTION_BACKEND"
-"""What older vLLMs selected a backend by."""
 
 
 def _refuse(problem: str, remedy: str = OTHER_BACKEND) -> None:
@@ -133,13 +128,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
     Raises:
         TailorKVError: naming the option at fault and the remedy.
     """
-    if not is_selected(vllm_config):
-        if os.environ.get(_UNREAD, "").lower() == "tailorkv":
-            raise TailorKVError(
-                f"{_UNREAD}=tailorkv is not read by this vLLM; give --attention-backend tailorkv "
-                "(in Python: attention_backend), and unset it"
-            )
-        return
     if vllm_config.model_config is None:
         return
     model, cache_dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
