@@ -393,6 +393,41 @@ def sparse_decode_attention(
     )
 
 
+def stage_rows(
+    key_rows: torch.Tensor,
+    value_rows: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_start: torch.Tensor,
+    *,
+    first_token: int = 0,
+    max_tokens: int,
+) -> None:
+    """Gather K and V of consecutive tokens of several rows, one row after the other.
+
+    Args:
+        key_rows, value_rows: [C, Hk, d], the caches' dtype; token `first_token + i` of row r is
+            written to place `context_start[r] + i < context_start[r + 1]`, other places keep what
+            they hold.
+        key_cache, value_cache: [NB, Hk, bs, d].
+        block_table: int32 [R, max_blocks].
+        context_start: int32 [R + 1], ascending, at most C.
+        first_token: where every row starts.
+        max_tokens: at least the tokens of the longest row.
+    """
+    implementation("stage_rows", key_cache)(
+        key_rows,
+        value_rows,
+        key_cache,
+        value_cache,
+        block_table,
+        context_start,
+        first_token,
+        max_tokens,
+    )
+
+
 def dense_preference(
     query: torch.Tensor,
     key: torch.Tensor,
