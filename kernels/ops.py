@@ -66,7 +66,8 @@ def quantize_groups(
     of each channel, exactly.
 
     Args:
-        groups: int64 [N], `block * G + group within the block`, each complete.
+        groups: int64 [N], `block * G + group within the block`, each complete; a negative one is
+            none and skipped, so that N may be fixed.
         key_cache, value_cache: [NB, Hk, bs, d].
         derived: the records to write; their shapes tell g and b.
         fit: see above; no matter at four bits and to an index of channels.

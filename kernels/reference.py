@@ -179,6 +179,8 @@ def quantize_groups(
     per_block = records.shape[2]
     group_size = block_size // per_block
     for item in groups.tolist():
+        if item < 0:
+            continue
         block, group = divmod(item, per_block)
         tokens = slice(group * group_size, (group + 1) * group_size)
         key = key_cache[block, :, tokens].float()
