@@ -272,7 +272,7 @@ def log_mass(
     for row, (length, start) in enumerate(zip(seq_lens.tolist(), tail_start.tolist(), strict=True)):
         positions = torch.arange(length, device=query.device)
         kept = (positions < sink_tokens) | (positions >= start)
-        if not kept.any():
+        if start <= sink_tokens or not kept.any():
             mass[row] = 0
             continue
         key = gather_rows(key_cache, block_table[row], length)[:, kept]
