@@ -66,7 +66,8 @@ def quantize_groups(
     of each channel, exactly.
 
     Args:
-        groups: int64 [N], `block * G + group within the block`, each complete.
+        groups: int64 [N], `block * G + group within the block`, each complete; a negative one is
+            none and skipped, so that N may be fixed.
         key_cache, value_cache: [NB, Hk, bs, d].
         derived: the records to write; their shapes tell g and b.
         fit: see above; no matter at four bits and to an index of channels.
@@ -134,7 +135,9 @@ def log_mass(
     Scores of heads have different levels. Less this, they can be compared: `score_tokens`.
 
     Args:
-        mass: float32 [R, H]; 0 for a row without sinks and tail.
+        mass: float32 [R, H]; 0 for a row without sinks and tail, and for a row without a middle
+            (`tail_start <= sink_tokens`), of which nothing is read: it has nothing to compare, and
+            its tail may be a whole context.
         query: [R, H, d], the cache's dtype.
         key_cache: [NB, Hk, bs, d].
         block_table: int32 [R, max_blocks].

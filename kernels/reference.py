@@ -180,6 +180,8 @@ def quantize_groups(
     per_block = records.shape[2]
     group_size = block_size // per_block
     for item in groups.tolist():
+        if item < 0:
+            continue
         block, group = divmod(item, per_block)
         tokens = slice(group * group_size, (group + 1) * group_size)
         key = key_cache[block, :, tokens].float()
@@ -291,7 +293,7 @@ def log_mass(
     for row, (length, start) in enumerate(zip(seq_lens.tolist(), tail_start.tolist(), strict=True)):
         positions = torch.arange(length, device=query.device)
         kept = (positions < sink_tokens) | (positions >= start)
-        if not kept.any():
+        if start <= sink_tokens or not kept.any():
             mass[row] = 0
             continue
         key = gather_rows(key_cache, block_table[row], length)[:, kept]

@@ -71,7 +71,7 @@ void quantize_groups(const Tensor& groups, const Tensor& key_cache, const Tensor
   op.fit = fit;
   op.num_groups = N.size;
   op.groups = data<const int64_t>(contract, groups, "groups");
-  check_values(contract, op.groups, N.size, "groups", 0,
+  check_values(contract, op.groups, N.size, "groups", INT64_MIN,
                axes.NB.size * op.grouping.groups_per_block);
   op.key_cache = cache_of(contract, key_cache, "key_cache");
   op.value_cache = cache_of(contract, value_cache, "value_cache");
