@@ -30,6 +30,8 @@ inline constexpr const char* kSchemas[] = {
     "sparse_decode_attention(Tensor(a!) output, Tensor query, Tensor key_cache, "
     "Tensor value_cache, Tensor indices, Tensor block_table, Tensor seq_lens, "
     "Tensor tail_start, int sink_tokens, float scale, float softcap) -> ()",
+    "stage_rows(Tensor(a!) key_rows, Tensor(b!) value_rows, Tensor key_cache, Tensor value_cache, "
+    "Tensor block_table, Tensor context_start, int first_token, int max_tokens) -> ()",
     "dense_preference(Tensor query, Tensor key, float alpha, float scale, float softcap) "
     "-> Tensor",
     "gather_rows(Tensor(a!) key_rows, Tensor(b!) value_rows, Tensor key_cache, "

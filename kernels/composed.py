@@ -1,9 +1,15 @@
-"""Ops that are made of other ops, for implementations that do not do them in one."""
+"""Ops that are made of other ops, for implementations that do not do them in one.
+
+Nothing waits for the device and shapes follow from shapes, so that a CUDA graph can capture them.
+"""
 
 import torch
 
 from vllm_tailorkv.kernels import ops
 from vllm_tailorkv.kernels.types import TokenIndex
+
+SCORES_BYTES = 256 << 20
+"""Memory for scores, at most, as long as those of one row fit: more rows take turns."""
 
 
 def unavailable() -> str | None:
@@ -24,19 +30,24 @@ def propose_topk(
     max_tail_start: int,
 ) -> None:
     """See `ops.propose_topk`."""
-    scores = torch.empty(*query.shape[:2], max_tail_start, dtype=torch.float32, device=query.device)
-    ops.score_tokens(
-        scores,
-        query,
-        index,
-        key_cache,
-        block_table,
-        tail_start,
-        offset=offset,
-        sink_tokens=sink_tokens,
-        critical_channels=critical_channels,
-    )
-    ops.select_topk(indices, scores, tail_start, sink_tokens=sink_tokens)
+    rows, heads = query.shape[:2]
+    step = max(1, min(rows, SCORES_BYTES // max(1, 4 * heads * max_tail_start)))
+    scores = torch.empty(step, heads, max_tail_start, dtype=torch.float32, device=query.device)
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        of_part = scores[: rows - first]
+        ops.score_tokens(
+            of_part,
+            query[part],
+            index,
+            key_cache,
+            block_table[part],
+            tail_start[part],
+            offset=offset[part],
+            sink_tokens=sink_tokens,
+            critical_channels=critical_channels,
+        )
+        ops.select_topk(indices[part], of_part, tail_start[part], sink_tokens=sink_tokens)
 
 
 def retrieve_topk(

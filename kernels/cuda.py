@@ -121,7 +121,7 @@ def reduce_channels(groups: torch.Tensor, key_cache: torch.Tensor, index: Channe
     """`ops.quantize_groups` for an index of channels: the extremes of K in each group, exact.
 
     Args:
-        groups: int64 [N] on the device, `block * G + group within the block`.
+        groups: int64 [N] on the device, `block * G + group within the block`, negative for none.
         key_cache: [NB, Hk, bs, d] in either layout, in pinned host memory or on the device.
         index: the records to write, on the device.
 

@@ -29,6 +29,7 @@ OPS = (
     "rerank_topk",
     "retrieve_topk",
     "sparse_decode_attention",
+    "stage_rows",
     "dense_preference",
 )
 
@@ -37,6 +38,7 @@ IMPLEMENTATIONS = {
     "cuda": "CUDA C++",
     "triton": "Triton",
     "composed": "other ops, one after another",
+    "plain": "a few calls of torch",
     "reference": "plain torch",
 }
 """Names and what they are, fastest first."""
@@ -49,12 +51,13 @@ DEVICES = {
     "cuda": ("cuda",),
     "triton": ("cuda",),
     "composed": ("cpu", "cuda"),
+    "plain": ("cuda",),
     "reference": ("cpu", "cuda"),
 }
 """Device types each implementation takes."""
 
-NAMED = tuple(name for name in IMPLEMENTATIONS if name != "composed")
-"""What VLLM_TAILORKV_KERNELS may ask for."""
+NAMED = tuple(name for name in IMPLEMENTATIONS if name not in ("composed", "plain"))
+"""What VLLM_TAILORKV_KERNELS may ask for: not what stands in for others."""
 
 
 @dataclass(frozen=True)

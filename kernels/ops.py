@@ -66,7 +66,8 @@ def quantize_groups(
     of each channel, exactly.
 
     Args:
-        groups: int64 [N], `block * G + group within the block`, each complete.
+        groups: int64 [N], `block * G + group within the block`, each complete; a negative one is
+            none and skipped, so that N may be fixed.
         key_cache, value_cache: [NB, Hk, bs, d].
         derived: the records to write; their shapes tell g and b.
         fit: see above; no matter at four bits and to an index of channels.
@@ -134,7 +135,9 @@ def log_mass(
     Scores of heads have different levels. Less this, they can be compared: `score_tokens`.
 
     Args:
-        mass: float32 [R, H]; 0 for a row without sinks and tail.
+        mass: float32 [R, H]; 0 for a row without sinks and tail, and for a row without a middle
+            (`tail_start <= sink_tokens`), of which nothing is read: it has nothing to compare, and
+            its tail may be a whole context.
         query: [R, H, d], the cache's dtype.
         key_cache: [NB, Hk, bs, d].
         block_table: int32 [R, max_blocks].
@@ -390,6 +393,41 @@ def sparse_decode_attention(
         sink_tokens,
         scale,
         softcap,
+    )
+
+
+def stage_rows(
+    key_rows: torch.Tensor,
+    value_rows: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_start: torch.Tensor,
+    *,
+    first_token: int = 0,
+    max_tokens: int,
+) -> None:
+    """Gather K and V of consecutive tokens of several rows, one row after the other.
+
+    Args:
+        key_rows, value_rows: [C, Hk, d], the caches' dtype; token `first_token + i` of row r is
+            written to place `context_start[r] + i < context_start[r + 1]`, other places keep what
+            they hold.
+        key_cache, value_cache: [NB, Hk, bs, d].
+        block_table: int32 [R, max_blocks].
+        context_start: int32 [R + 1], ascending, at most C.
+        first_token: where every row starts.
+        max_tokens: at least the tokens of the longest row.
+    """
+    implementation("stage_rows", key_cache)(
+        key_rows,
+        value_rows,
+        key_cache,
+        value_cache,
+        block_table,
+        context_start,
+        first_token,
+        max_tokens,
     )
 
 

@@ -3,6 +3,7 @@
 Written to be read. One row or one group at a time where that is clearer; speed is no aim.
 """
 
+import itertools
 import math
 
 import torch
@@ -179,6 +180,8 @@ def quantize_groups(
     per_block = records.shape[2]
     group_size = block_size // per_block
     for item in groups.tolist():
+        if item < 0:
+            continue
         block, group = divmod(item, per_block)
         tokens = slice(group * group_size, (group + 1) * group_size)
         key = key_cache[block, :, tokens].float()
@@ -204,6 +207,26 @@ def gather_rows(cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch
     block_size = cache.shape[2]
     pages = cache[blocks[: math.ceil(length / block_size)].long()].float()
     return pages.transpose(0, 1).flatten(1, 2)[:, :length]
+
+
+def stage_rows(
+    key_rows: torch.Tensor,
+    value_rows: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_start: torch.Tensor,
+    first_token: int,
+    max_tokens: int,
+) -> None:
+    """See `ops.stage_rows`."""
+    block_size = key_cache.shape[2]
+    starts = context_start.tolist()
+    for row, (start, end) in enumerate(itertools.pairwise(starts)):
+        position = torch.arange(first_token, first_token + end - start, device=key_cache.device)
+        block, offset = block_table[row, position // block_size].long(), position % block_size
+        key_rows[start:end] = key_cache[block, :, offset]
+        value_rows[start:end] = value_cache[block, :, offset]
 
 
 def attend(
@@ -270,7 +293,7 @@ def log_mass(
     for row, (length, start) in enumerate(zip(seq_lens.tolist(), tail_start.tolist(), strict=True)):
         positions = torch.arange(length, device=query.device)
         kept = (positions < sink_tokens) | (positions >= start)
-        if not kept.any():
+        if start <= sink_tokens or not kept.any():
             mass[row] = 0
             continue
         key = gather_rows(key_cache, block_table[row], length)[:, kept]

@@ -23,7 +23,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         for i, sizing in enumerate(sizings):
             if sizing is not None:
                 limits.require_pool_room(vllm_config, plan, sizing)
-                memory[i] = sizing.memory_for_vllm(memory[i], budget.pool_bytes(plan))
+                memory[i] = sizing.memory_for_vllm(memory[i], plan.host_pool)
         configs = original(vllm_config, kv_cache_specs, memory)
         for sizing, config in zip(sizings, configs, strict=True):
             if sizing is not None:

@@ -141,12 +141,13 @@ class TailorKVConfig(BaseModel):
         ge=0,
         le=MOST_TOKENS,
         description="Contexts up to this many tokens are attended in full, which costs little "
-        "there (the token budget always is).",
+        "there (the token budget always is). On a GPU, which reads them over the bus, the default "
+        "is 0.",
     )
     placement: Literal["auto", "joint", "split"] = Field(
         default="auto",
         description="joint: both tiers in vLLM's pages (auto on CPU); split: full-precision "
-        "K/V in a pool of our own.",
+        "K/V in a pool of our own, in host memory (auto on GPUs, which know no other).",
     )
     key_rows: bool = Field(
         default=True,
@@ -159,7 +160,8 @@ class TailorKVConfig(BaseModel):
         gt=0,
         allow_inf_nan=False,
         description='GiB of each worker\'s host pool with placement="split". Default on CPU: '
-        "its share of vLLM's cache memory.",
+        "its share of vLLM's cache memory; on GPUs: 60% of the memory available, shared by the "
+        "workers of a machine.",
     )
 
     @model_validator(mode="before")
@@ -185,10 +187,10 @@ class TailorKVConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        if self.host_pool_gib is not None and self.placement != "split":
+        if self.host_pool_gib is not None and self.placement == "joint":
             raise ValueError(
-                f'host_pool_gib needs placement="split", is "{self.placement}": with any other '
-                "placement vLLM's own cache memory (--kv-cache-memory-bytes) holds both tiers"
+                'host_pool_gib needs placement="split", is "joint": with it '
+                "vLLM's own cache memory (--kv-cache-memory-bytes) holds both tiers"
             )
         if "critical_channels" in self.model_fields_set and self.index != "channels":
             raise ValueError(

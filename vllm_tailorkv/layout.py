@@ -17,6 +17,9 @@ from enum import Enum
 from functools import cached_property
 from math import ceil, prod
 
+GIB = 1 << 30
+"""Bytes of what messages and options call a GiB."""
+
 
 class KeyLayout(Enum):
     """The order of K within a head of a host page."""

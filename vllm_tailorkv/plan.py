@@ -11,8 +11,11 @@ from typing import Any, Self
 
 from vllm_tailorkv.config import TailorKVConfig, load_config
 from vllm_tailorkv.errors import TailorKVError
-from vllm_tailorkv.layout import DerivedKind, PageLayout
+from vllm_tailorkv.layout import GIB, DerivedKind, KeyLayout, PageLayout
 from vllm_tailorkv.profile import LayerPlan, ModelShape, layer_plan
+
+HOST_SHARE = 0.6
+"""Of the memory available to a GPU's worker, what its host pool takes by default."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +27,26 @@ class Plan:
         config: the options, completed and checked.
         layers: which layers are dense (the paper's word; their K and V are quantized) and which
             are sparse.
+        device: whose memory the derived tier is in: "cpu" or "cuda".
+        host_pool: bytes of each worker's pool of full-precision K and V, or None for a share of
+            vLLM's memory.
     """
 
     model: ModelShape
     config: TailorKVConfig
     layers: LayerPlan
+    device: str = "cpu"
+    host_pool: int | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes, and reads full-precision K and V over the bus."""
+        return self.device == "cuda"
 
     @property
     def split(self) -> bool:
         """Whether full-precision K and V lie in a pool of our own."""
-        return self.config.placement == "split"
+        return self.on_gpu or self.config.placement == "split"
 
     def kind(self, layer: int) -> DerivedKind:
         """What decoder layer `layer` keeps in its derived pages."""
@@ -57,6 +70,7 @@ class Plan:
             head_size=head_size,
             block_size=block_size,
             kv_itemsize=kv_itemsize,
+            on_gpu=self.on_gpu,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -66,6 +80,8 @@ class Plan:
             # What was not given is not written: some options exclude others.
             "config": self.config.model_dump(mode="json", exclude_unset=True),
             "layers": asdict(self.layers) | {"dense": list(self.layers.dense)},
+            "device": self.device,
+            "host_pool": self.host_pool,
         }
 
     @classmethod
@@ -76,6 +92,8 @@ class Plan:
             ModelShape(**values["model"]),
             TailorKVConfig.model_validate(values["config"]),
             LayerPlan(**{**layers, "dense": tuple(layers["dense"])}),
+            values["device"],
+            values["host_pool"],
         )
 
 
@@ -92,8 +110,13 @@ def page_layout(
     head_size: int,
     block_size: int,
     kv_itemsize: int,
+    on_gpu: bool = False,
 ) -> PageLayout:
-    """The pages of a layer of some kind; see `Plan.layout`."""
+    """The pages of a layer of some kind; see `Plan.layout`.
+
+    Args:
+        on_gpu: whether K is read over the bus, where only whole rows of it are cheap.
+    """
     group_size: int = config.group_size
     if kind is DerivedKind.ONEBIT:
         group_size = gcd(config.index_group_size, block_size)
@@ -105,24 +128,61 @@ def page_layout(
         group_size,
         config.bits,
         kv_itemsize,
+        KeyLayout.TOKEN_MAJOR if on_gpu else KeyLayout.CHANNEL_MAJOR,
         # A dense layer reads a few consecutive tokens exactly: rows would gain it nothing.
-        key_rows=config.key_rows and kind is not DerivedKind.DENSE,
+        key_rows=config.key_rows and not on_gpu and kind is not DerivedKind.DENSE,
     )
 
 
-def make_plan(options: Any, model: ModelShape) -> Plan:
+def _for_gpu(config: TailorKVConfig) -> TailorKVConfig:
+    """Options as a GPU needs them, where none were given.
+
+    Raises:
+        TailorKVError: those given are for CPUs.
+    """
+    if config.placement == "joint":
+        raise TailorKVError(
+            'placement="joint" keeps full-precision K and V in vLLM\'s pages, which are device '
+            "memory here; leave it out"
+        )
+    if "full_attention_below" in config.model_fields_set:
+        return config
+    return TailorKVConfig.model_validate(
+        config.model_dump(exclude_unset=True) | {"full_attention_below": 0}
+    )
+
+
+def make_plan(
+    options: Any, model: ModelShape, *, device: str = "cpu", host_memory: int | None = None
+) -> Plan:
     """Validate options, the environment's included, against a model, and find its profile.
 
     Args:
         options: the value of `additional_config["tailorkv"]`, a dict or None.
+        device: see `Plan`.
+        host_memory: bytes that each worker may have, of which the host pool takes a share where a
+            GPU is served and no option sets its size.
 
     Raises:
         TailorKVError: naming the option at fault and the remedy.
     """
     config = load_config(options)
+    if device == "cuda":
+        config = _for_gpu(config)
+    elif config.host_pool_gib is not None and config.placement != "split":
+        raise TailorKVError(
+            f'host_pool_gib={config.host_pool_gib:g} needs placement="split", is '
+            f'"{config.placement}": vLLM\'s own cache memory (--kv-cache-memory-bytes) holds both '
+            "tiers on CPUs"
+        )
     if config.critical_channels > model.head_size:
         raise TailorKVError(
             f"critical_channels={config.critical_channels} is more than the {model.head_size} "
             "channels of a head of this model"
         )
-    return Plan(model, config, layer_plan(config.profile, model))
+    host_pool = None
+    if config.host_pool_gib is not None:
+        host_pool = int(config.host_pool_gib * GIB)
+    elif device == "cuda" and host_memory is not None:
+        host_pool = int(host_memory * HOST_SHARE)
+    return Plan(model, config, layer_plan(config.profile, model), device, host_pool)

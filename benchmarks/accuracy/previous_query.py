@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from accuracy.engine import Engine
@@ -60,8 +59,7 @@ def _selector(inputs: _Inputs, depth: int) -> Selector:
     def select(query: Tensor, layer: Layer, rows: DecodeRows) -> Tensor:
         predicted = inputs.predicted(depth)
         if predicted is not None:
-            tokens = torch.arange(len(query)) if rows.tokens is None else rows.tokens
-            query = predicted[tokens].view_as(query)
+            query = predicted[rows.tokens].view_as(query)
         return retrieve(query, layer, rows)
 
     return select

@@ -71,7 +71,7 @@ void quantize_groups(const Tensor& groups, const Tensor& key_cache, const Tensor
   op.fit = fit;
   op.num_groups = N.size;
   op.groups = data<const int64_t>(contract, groups, "groups");
-  check_values(contract, op.groups, N.size, "groups", 0,
+  check_values(contract, op.groups, N.size, "groups", INT64_MIN,
                axes.NB.size * op.grouping.groups_per_block);
   op.key_cache = cache_of(contract, key_cache, "key_cache");
   op.value_cache = cache_of(contract, value_cache, "value_cache");
@@ -435,6 +435,58 @@ void sparse_decode_attention(const Tensor& output, const Tensor& query, const Te
        row_values_of(contract, tail_start, "tail_start", room(axes))});
 }
 
+// Each context lies in the buffer, and in the blocks of its row.
+void check_contexts(const Contract& contract, const Axes& axes, const StageRows& op, int64_t places,
+                    int64_t max_tokens) {
+  for (int64_t row = 0; row < op.rows; ++row) {
+    const int64_t start = op.context_start[row], count = op.context_start[row + 1] - start;
+    contract.require(start >= 0 && count >= 0 && count <= max_tokens && start + count <= places,
+                     "context_start holds ", start, ", ", start + count, " at place ", row,
+                     ", with ", max_tokens, " tokens a row at the most and ", places, " places");
+    contract.require(op.first_token + count <= room(axes), "row ", row, " ends at token ",
+                     op.first_token + count, ", but there is room for ", room(axes));
+    if (!checks_values()) continue;
+    for (int64_t i = op.first_token / axes.bs.size; i * axes.bs.size < op.first_token + count;
+         ++i) {
+      const int32_t block = op.block_table.data[row * op.block_table.stride + i];
+      contract.require(block >= 0 && block < axes.NB.size, "block_table[", row, ", ", i, "] is ",
+                       block, ", but there are ", axes.NB.size, " blocks");
+    }
+  }
+}
+
+template <bool Run>
+void stage_rows(const Tensor& key_rows, const Tensor& value_rows, const Tensor& key_cache,
+                const Tensor& value_cache, const Tensor& block_table, const Tensor& context_start,
+                int64_t first_token, int64_t max_tokens) {
+  const Contract contract("stage_rows");
+  Axes axes;
+  Axis C{"C"}, starts{"R + 1"};
+  const auto dtype = key_cache.scalar_type();
+  check_caches(contract, key_cache, value_cache, axes);
+  contract.tensor(key_rows, "key_rows", dtype, Strides::kContiguous, {C, axes.Hk, axes.d});
+  contract.tensor(value_rows, "value_rows", dtype, Strides::kContiguous, {C, axes.Hk, axes.d});
+  check_block_table(contract, block_table, axes);
+  contract.tensor(context_start, "context_start", ScalarType::Int, Strides::kContiguous, {starts});
+  contract.require(starts.size == axes.R.size + 1,
+                   "context_start must have R + 1=", axes.R.size + 1, " values, has ", starts.size);
+  const int32_t first = contract.within(first_token, "first_token", 0);
+  contract.within(max_tokens, "max_tokens", 0);
+  if (!Run) return;
+  const StageRows op{dtype_of(key_cache),
+                     shape_of(axes),
+                     static_cast<int32_t>(axes.R.size),
+                     data<void>(contract, key_rows, "key_rows"),
+                     data<void>(contract, value_rows, "value_rows"),
+                     cache_of(contract, key_cache, "key_cache"),
+                     cache_of(contract, value_cache, "value_cache"),
+                     block_table_of(contract, block_table),
+                     data<const int32_t>(contract, context_start, "context_start"),
+                     first};
+  check_contexts(contract, axes, op, C.size, max_tokens);
+  kernels().stage_rows(op);
+}
+
 template <bool Run>
 Tensor dense_preference(const Tensor& query, const Tensor& key, double alpha, double scale,
                         double softcap) {
@@ -482,6 +534,7 @@ STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
   m.impl("rerank_topk", TORCH_BOX(&tailorkv::rerank_topk<run>));                               \
   m.impl("retrieve_topk", TORCH_BOX(&tailorkv::retrieve_topk<run>));                           \
   m.impl("sparse_decode_attention", TORCH_BOX(&tailorkv::sparse_decode_attention<run>));       \
+  m.impl("stage_rows", TORCH_BOX(&tailorkv::stage_rows<run>));                                 \
   m.impl("dense_preference", TORCH_BOX(&tailorkv::dense_preference<run>))
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_tailorkv, CPU, m) { TAILORKV_IMPLEMENT(true); }

@@ -57,6 +57,17 @@ struct WriteKv {
   Cache key_rows;        // K once more; none without data
 };
 
+struct StageRows {
+  Dtype dtype;
+  Shape shape;
+  int32_t rows;
+  void *key_rows, *value_rows;  // [>= context_start[rows], Hk, d]
+  Cache key_cache, value_cache;
+  BlockTable block_table;
+  const int32_t* context_start;  // [rows + 1]
+  int32_t first_token;
+};
+
 enum class Derive : int32_t { kDense, kOnebit, kChannels };
 
 struct QuantizeGroups {
@@ -195,6 +206,7 @@ struct Kernels {
   void (*rerank_topk)(const RerankTopk&);
   void (*sparse_decode_attention)(const SparseDecode&);
   void (*dense_preference)(const DensePreference&);
+  void (*stage_rows)(const StageRows&);
 };
 
 // The table in use: the best for this processor, or what VLLM_TAILORKV_CPU_ISA or `set_kernels`

@@ -24,7 +24,10 @@ void log_mass_of(const LogMass& op) {
     const HeadView view = head_view(decode, queries, task);
     Partial partial{highest + thread * group_heads, total + thread * group_heads, nullptr};
     clear(partial, group_heads, 0);
-    const int64_t length = decode.seq_lens[task.row], sinks = smaller(op.sink_tokens, length);
+    // Without a middle there is nothing to compare, and the tail may be a whole context.
+    const bool weighed = op.tail_start[task.row] > op.sink_tokens;
+    const int64_t length = weighed ? decode.seq_lens[task.row] : 0;
+    const int64_t sinks = smaller(op.sink_tokens, length);
     const int64_t skipped = smaller(larger(op.tail_start[task.row], sinks), length) - sinks;
     int64_t n = 0;
     for (int64_t place = 0; place < length - skipped; ++place) {

@@ -194,8 +194,9 @@ void quantize_groups(const QuantizeGroups& op) {
   visit(op.dtype, [&](auto element) {
     using T = decltype(element);
     parallel_for(op.num_groups * heads, [&](int64_t i) {
-      const int64_t block = op.groups[i / heads] / per_block;
-      const int64_t group = op.groups[i / heads] % per_block;
+      const int64_t item = op.groups[i / heads];
+      if (item < 0) return;
+      const int64_t block = item / per_block, group = item % per_block;
       const int head = static_cast<int>(i % heads);
       float* tile = scratch + thread_size * omp_get_thread_num();
       read_keys<T>(tile, op, block, head, group);

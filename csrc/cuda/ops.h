@@ -52,7 +52,7 @@ struct ReduceChannels {
   int32_t kv_heads, head_size;
   int32_t group_size, groups_per_block;
   int64_t num_groups;
-  const int64_t* groups;  // [N], block * G + group
+  const int64_t* groups;  // [N], block * G + group; a negative one is none
   Pages key_cache;        // its tokens or its channels are contiguous
   void* extremes;         // [NB, Hk, G, 2, d]
   int64_t extremes_block, extremes_head, extremes_group;

@@ -68,16 +68,19 @@ __device__ __forceinline__ void take_words(Extremes<ItemBytes> (&found)[kWords],
 
 // Where one block reads and writes: one group of one KV head.
 struct ReduceTask {
+  bool exists;
   const char* key;  // first token of the group
   char* extremes;   // [2, d]
 };
 
 TAILORKV_HD ReduceTask reduce_task(const ReduceChannels& op, int64_t index) {
-  const int64_t head = index % op.kv_heads;
-  const BlockSlot where = group_slot(op.groups[index / op.kv_heads], op.groups_per_block);
+  const int64_t head = index % op.kv_heads, item = op.groups[index / op.kv_heads];
+  if (item < 0) return {false, nullptr, nullptr};
+  const BlockSlot where = group_slot(item, op.groups_per_block);
   const int64_t to = where.block * op.extremes_block + head * op.extremes_head +
                      static_cast<int64_t>(where.offset) * op.extremes_group;
-  return {token_address(op.key_cache, where.block, head,
+  return {true,
+          token_address(op.key_cache, where.block, head,
                         static_cast<int64_t>(where.offset) * op.group_size),
           static_cast<char*>(op.extremes) + to * op.item_bytes};
 }
@@ -87,6 +90,7 @@ template <int ItemBytes, int Threads>
 __global__ void __launch_bounds__(Threads) reduce_token_major(ReduceChannels op) {
   __shared__ uint32_t lows[Threads * kWords], highs[Threads * kWords];
   const ReduceTask task = reduce_task(op, blockIdx.x);
+  if (!task.exists) return;
   const int columns = op.head_size * ItemBytes / kReduceBytes, slices = Threads / columns;
   const int column = threadIdx.x % columns, slice = threadIdx.x / columns;
   Extremes<ItemBytes> found[kWords];
@@ -120,6 +124,7 @@ template <int ItemBytes, int Threads>
 __global__ void __launch_bounds__(Threads) reduce_channel_major(ReduceChannels op) {
   __shared__ uint32_t lows[Threads], highs[Threads];
   const ReduceTask task = reduce_task(op, blockIdx.x);
+  if (!task.exists) return;
   const int columns = op.group_size * ItemBytes / kReduceBytes, channels = Threads / columns;
   const int column = threadIdx.x % columns, slot = threadIdx.x / columns;
   for (int first = 0; first < op.head_size; first += channels) {

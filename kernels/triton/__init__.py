@@ -22,6 +22,7 @@ _MODULES = {
     "score_tokens": "score",
     "rerank_topk": "rerank",
     "sparse_decode_attention": "sparse",
+    "stage_rows": "stage",
     "dense_preference": "preference",
 }
 """Op to the module of its kernels: Triton is imported when the first one is asked for."""

@@ -44,15 +44,17 @@ def _log_mass(
     row, head = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     row_head = row * tl.num_programs(0) + head
     q = load_queries(query, row_head * PER_HEAD, PER_HEAD, ROWS, HEAD_SIZE, CHANNELS)
-    length = tl.load(seq_lens + row)
+    start = tl.load(tail_start + row)
+    # Without a middle there is nothing to compare, and the tail may be a whole context.
+    length = tl.where(start > sink_tokens, tl.load(seq_lens + row), 0)
     sinks = tl.minimum(sink_tokens, length)
     # A token that is both a sink and in the tail counts as a sink.
-    skipped = tl.minimum(tl.maximum(tl.load(tail_start + row), sinks), length) - sinks
+    skipped = tl.minimum(tl.maximum(start, sinks), length) - sinks
     channels, heads = tl.arange(0, CHANNELS), tl.arange(0, ROWS)
     highest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, length - skipped, TOKENS):
-        place = start + tl.arange(0, TOKENS)
+    for first in range(0, length - skipped, TOKENS):
+        place = first + tl.arange(0, TOKENS)
         there = place < length - skipped
         token = tl.where(place < sinks, place, place + skipped)
         at = block_table + row * table_row + token // BLOCK_SIZE
@@ -67,7 +69,8 @@ def _log_mass(
         shrink = tl.exp2(highest - finite(larger))
         total = total * shrink + tl.sum(tl.exp2(scores - finite(larger)[:, None]), 1)
         highest = larger
-    found = tl.where(total > 0, (highest + tl.log2(total)) * _LOG_2, 0.0)
+    found = (highest + tl.log2(tl.where(total > 0, total, 1.0))) * _LOG_2
+    found = tl.where(total > 0, found, 0.0)
     tl.store(mass + row_head * PER_HEAD + heads, found, mask=heads < PER_HEAD)
 
 

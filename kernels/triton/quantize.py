@@ -86,7 +86,7 @@ def _round_codes(x, scale, zero, LEVELS: tl.constexpr):
 
 @triton.jit
 def _quantize_keys(
-    groups,  # int64 [N]
+    groups,  # int64 [N], negative for none
     key,  # [NB, Hk, bs, d]
     key_block,
     key_head,
@@ -113,6 +113,8 @@ def _quantize_keys(
     PER_BYTE: tl.constexpr = 8 // BITS
     ROW_BYTES: tl.constexpr = GROUP // PER_BYTE
     item = tl.load(groups + tl.program_id(0))
+    if item < 0:
+        return
     block, group = item // PER_BLOCK, item % PER_BLOCK
     head = tl.program_id(1).to(tl.int64)
     channels = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -137,7 +139,7 @@ def _quantize_keys(
 
 @triton.jit
 def _quantize_values(
-    groups,  # int64 [N]
+    groups,  # int64 [N], negative for none
     value,  # [NB, Hk, bs, d]
     value_block,
     value_head,
@@ -169,6 +171,8 @@ def _quantize_values(
     PER_BYTE: tl.constexpr = 8 // BITS
     BYTES: tl.constexpr = GROUP // PER_BYTE
     item = tl.load(groups + tl.program_id(0))
+    if item < 0:
+        return
     block, group = item // PER_BLOCK, item % PER_BLOCK
     head = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -201,7 +205,7 @@ def _quantize_values(
 
 @triton.jit
 def _reduce_channels(
-    groups,  # int64 [N]
+    groups,  # int64 [N], negative for none
     key,  # [NB, Hk, bs, d]
     key_block,
     key_head,
@@ -218,6 +222,8 @@ def _reduce_channels(
 ):
     """One group of one head, BLOCK channels; grid (N, Hk, channels / BLOCK)."""
     item = tl.load(groups + tl.program_id(0))
+    if item < 0:
+        return
     block, group = item // PER_BLOCK, item % PER_BLOCK
     head = tl.program_id(1).to(tl.int64)
     channels = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)

@@ -23,8 +23,9 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from vllm_tailorkv.attention.builder import TailorKVMetadataBuilder
 from vllm_tailorkv.attention.impl import TailorKVImpl
-from vllm_tailorkv.attention.metadata import TailorKVMetadata, TailorKVMetadataBuilder
+from vllm_tailorkv.attention.metadata import TailorKVMetadata
 from vllm_tailorkv.attention.spec import TailorKVSpec, layer_spec
 from vllm_tailorkv.cache.views import HostPages, derived_pages, host_pages
 from vllm_tailorkv.kernels import cpu, dispatch, reference
@@ -447,7 +448,7 @@ def run_step(
         assert cache.impl is not None
         cache.impl.forward(layer, query, key, value, cache.kept, metadata, output)
         if rows is not None:
-            attended.append(output if rows.tokens is None else output[rows.tokens])
+            attended.append(output[rows.tokens])
     for output, split in zip(attended[:2], attended[2:], strict=True):
         assert output.isfinite().all()
         assert torch.equal(output, split)

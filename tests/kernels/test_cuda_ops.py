@@ -285,7 +285,7 @@ def test_reduce_channels(run, build_context, dtype, head_size, key_layout, block
     blocks = [int(context.block_table[0, 1]), int(context.block_table[1, 0])]
     per_block = cache.layout.groups_per_block
     items = [block * per_block + group for block in blocks for group in range(per_block)]
-    groups = torch.tensor(items)
+    groups = torch.tensor([-1, *items, -(2**63)])  # the negative ones are none
     for block in blocks:
         cache.derived.extremes[block] = float("nan")
     # A negative extreme, an infinite one and -0.0.

@@ -99,6 +99,16 @@ def test_gpus(monkeypatch, gpu, name):
             assert choice.reason == f"the fastest available; {name} has none"
 
 
+@pytest.mark.parametrize("name", [None, "triton"])
+def test_gpus_without_the_cuda_extension(monkeypatch, gpu, name):
+    """nvcc is optional, and the reference no substitute: it waits for the device."""
+    monkeypatch.setattr(cuda, "unavailable", lambda: "it was not built")
+    monkeypatch.setenv("VLLM_TAILORKV_KERNELS", name or "")
+    assert dispatch.choose("select_topk", "cuda").name == "plain"
+    for op in dispatch.OPS:
+        assert dispatch.choose(op, "cuda").name in ("triton", "composed", "plain")
+
+
 def test_a_named_one_that_cannot_run_is_an_error_for_every_op(monkeypatch, gpu):
     monkeypatch.setattr(cuda, "unavailable", lambda: "it was not built")
     monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "cuda")

@@ -76,12 +76,25 @@ def test_counts_what_is_kept_once(fast, build_context):
     """With a query of zeros every token weighs 1: the mass is how many there are."""
     context = build_context([500], dtype=torch.float32)
     query = torch.zeros(1, 4, 64)
-    for sinks, start, count in [(8, 444, 64), (0, 499, 1), (100, 50, 500), (0, 500, 0)]:
+    for sinks, start, count in [(8, 444, 64), (0, 499, 1), (100, 450, 150), (0, 500, 0)]:
         tail_start = torch.tensor([start], dtype=torch.int32)
         expected = math.log(count) if count else 0.0
         for module in (fast, reference):
             mass = run(module.log_mass, context, query, tail_start, sinks)
             torch.testing.assert_close(mass, torch.full_like(mass, expected))
+
+
+def test_rows_without_a_middle_are_not_weighed(fast, build_context):
+    """Their K is not read: it is NaN."""
+    context = build_context([500, 500, 500, 30, 500], dtype=torch.float32)
+    tail_start = torch.tensor([0, 8, -5, 8, 9], dtype=torch.int32)
+    query = torch.randn(5, 4, 64)
+    weighed = run(reference.log_mass, context, query, tail_start, 8)[4]
+    context.cache.host.key[context.block_table[:4].long()] = float("nan")
+    for module in (fast, reference):
+        mass = run(module.log_mass, context, query, tail_start, 8)
+        assert (mass[:4] == 0).all()
+        torch.testing.assert_close(mass[4], weighed)
 
 
 def test_arguments(build_context):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_tailorkv.kernels import dispatch, ops, reference
+from vllm_tailorkv.kernels import composed, dispatch, ops, reference
 from vllm_tailorkv.layout import DerivedKind
 
 LENGTHS = [1, 70, 129, 1000, 400, 5000]
@@ -146,6 +146,29 @@ def test_without_a_fused_op(monkeypatch, build_context, kind):
         monkeypatch.undo()
         dispatch.forget()
     assert torch.equal(indices, expected)
+
+
+@each_kind
+@pytest.mark.parametrize("fitting", [0, 1, 2, 5, 6, 7])
+def test_rows_take_turns_where_scores_need_much_memory(
+    cpu, monkeypatch, build_context, kind, fitting
+):
+    context = build_context(LENGTHS, kind=kind)
+    query = torch.randn(len(LENGTHS), 2, 3, 64)
+    expected = in_two_steps(cpu, context, query, context.complete, 100)
+    row_bytes = 2 * int(context.complete.max()) * 4
+    monkeypatch.setattr(composed, "SCORES_BYTES", fitting * row_bytes)
+    turns, score = [], ops.score_tokens
+
+    def score_some(scores, *arguments, **options):
+        turns.append(len(scores))
+        score(scores, *arguments, **options)
+
+    monkeypatch.setattr(ops, "score_tokens", score_some)
+    found = propose(composed.propose_topk, context, query, context.complete, 100)
+    most = max(fitting, 1)
+    assert turns == [min(most, len(LENGTHS) - i) for i in range(0, len(LENGTHS), most)]
+    assert torch.equal(found, expected)
 
 
 def test_nothing_asked_for(cpu, build_context):

@@ -152,6 +152,21 @@ def test_a_lone_outlier_keeps_its_value(bits):
 
 
 @pytest.mark.parametrize("kind", list(DerivedKind))
+def test_negative_groups_are_none(fast, build_cache, kind):
+    """So that their number may be fixed: one a row, whether it completes a group or not."""
+    cache = build_cache(kind=kind, num_blocks=2)
+    for pages in cache.host[:2]:
+        pages.normal_()
+    some = torch.tensor([-1, 2, -9, 0, -(2**63), -1])
+    host = cache.host
+    for module in (fast, reference):
+        expected, actual = cache.clone(), cache.clone()
+        reference.quantize_groups(some[some >= 0], host.key, host.value, expected.derived)
+        module.quantize_groups(some, host.key, host.value, actual.derived)
+        assert torch.equal(actual.raw, expected.raw)
+
+
+@pytest.mark.parametrize("kind", list(DerivedKind))
 def test_nothing_to_do(fast, build_cache, kind):
     cache = build_cache(kind=kind)
     before = cache.raw.clone()

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from vllm_tailorkv.kernels import composed, ops
+from vllm_tailorkv.kernels import composed, ops, plain
 from vllm_tailorkv.layout import DerivedKind
 
 LENGTHS = [300, 1, 1000, 513]
@@ -68,6 +69,26 @@ def test_equals_its_steps(
         for mine, theirs in zip(indices.flatten(0, 1), expected.flatten(0, 1), strict=True):
             kept = len(set(mine.tolist()) & set(theirs.tolist()))
             assert kept >= 0.95 * len(set(theirs.tolist()))
+
+
+@pytest.mark.parametrize("kind", [DerivedKind.ONEBIT, DerivedKind.CHANNELS])
+@pytest.mark.parametrize("every_head", [True, False])
+def test_steps_look_at_no_value(monkeypatch, build_context, kind, every_head):
+    """What a graph that is being captured could not give: fake tensors have none either."""
+    monkeypatch.setattr(composed, "SCORES_BYTES", 2 * 2 * 960 * 4)
+    context = build_context(LENGTHS, kind=kind)
+    query = torch.randn(len(LENGTHS), 8, 64).to(torch.bfloat16)
+    arguments = arguments_of(context, query, kind, 40, 90, every_head)
+    selected = torch.randn(len(LENGTHS), 2, 960), context.complete, 8
+    with FakeTensorMode() as mode:
+
+        def fake(value):
+            if isinstance(value, tuple):
+                return type(value)(*map(fake, value))
+            return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+        found(composed.retrieve_topk, len(LENGTHS), 2, 40, list(map(fake, arguments)))
+        found(plain.select_topk, len(LENGTHS), 2, 40, list(map(fake, selected)))
 
 
 def test_no_rows(cpu, build_context):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_tailorkv.kernels import cpu as cpu_module
-from vllm_tailorkv.kernels import ops, reference
+from vllm_tailorkv.kernels import ops, plain, reference
 
 
 def run(function, scores, tail_start, k, sink_tokens=8):
@@ -51,8 +51,8 @@ def test_equals_definition(cpu, name, k):
     for row, end in enumerate(tail_start):
         scores[row, :, :8] = float("nan")
         scores[row, :, end:] = float("nan")
-    assert torch.equal(run(cpu.select_topk, scores, tail_start, k), expected)
-    assert torch.equal(run(reference.select_topk, scores, tail_start, k), expected)
+    for module in (cpu, plain, reference):
+        assert torch.equal(run(module.select_topk, scores, tail_start, k), expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -66,7 +66,9 @@ def test_split_over_threads(cpu, threads, name, count):
 
 def test_strided_scores(cpu):
     scores = make_scores("ties", (3, 4, 600))[:, 1:3, :555]
-    assert torch.equal(run(cpu.select_topk, scores, [555] * 3, 64), by_hand(scores, [555] * 3, 64))
+    expected = by_hand(scores, [555] * 3, 64)
+    for module in (cpu, plain):
+        assert torch.equal(run(module.select_topk, scores, [555] * 3, 64), expected)
 
 
 @settings(max_examples=40, deadline=None)
@@ -77,8 +79,9 @@ def test_any_ties(values, data):
     k = data.draw(st.integers(1, len(values) + 2))
     sinks = data.draw(st.integers(0, 10))
     scores = torch.tensor(values).view(1, 1, -1)
-    actual = run(cpu_module.select_topk, scores, [len(values)], k, sinks)
-    assert torch.equal(actual, by_hand(scores, [len(values)], k, sinks))
+    expected = by_hand(scores, [len(values)], k, sinks)
+    for module in (cpu_module, plain):
+        assert torch.equal(run(module.select_topk, scores, [len(values)], k, sinks), expected)
 
 
 def test_nan_does_not_crash(cpu):
@@ -90,8 +93,10 @@ def test_nan_does_not_crash(cpu):
 
 @pytest.mark.parametrize("shape", [(0, 2, 100), (2, 2, 100)])
 def test_nothing_to_do(cpu, shape):
-    assert run(cpu.select_topk, torch.zeros(shape), [100] * shape[0], 0).numel() == 0
-    assert run(cpu.select_topk, torch.zeros(0, 2, 100), [], 5).numel() == 0
+    for module in (cpu, plain):
+        assert run(module.select_topk, torch.zeros(shape), [100] * shape[0], 0).numel() == 0
+        assert run(module.select_topk, torch.zeros(0, 2, 100), [], 5).numel() == 0
+    assert (run(plain.select_topk, torch.zeros(2, 1, 0), [0, 0], 3) == -1).all()
 
 
 def test_arguments():

@@ -41,7 +41,9 @@ def make_layer(
     config = load_config({"index": "onebit", **OPTIONS, **options})
     layer = Layer(Pages(host, derived), config, 0.125, 0.0, Workspace())
     lengths = torch.tensor([LENGTH], dtype=torch.int32)
-    rows = DecodeRows(None, lengths, table, torch.tensor([TAIL], dtype=torch.int32), TAIL)
+    rows = DecodeRows(
+        slice(0, len(lengths)), lengths, table, torch.tensor([TAIL], dtype=torch.int32), TAIL
+    )
     query = torch.randn(1, HEADS * group, SIZE, generator=generator)
     return layer, rows, key.transpose(0, 1), query
 

@@ -151,7 +151,6 @@ REFUSED: list[tuple[Any, list[str]]] = [
     ({"rerank_factor": 1000000}, ["rerank_factor", "less than or equal to 64"]),
     ({"index": "channels", "critical_channels": 4096}, ["critical_channels", "1024"]),
     ({"full_attention_below": -5}, ["full_attention_below", "greater than or equal to 0"]),
-    ({"host_pool_gib": 4}, ["host_pool_gib", 'placement="split"', '"auto"']),
     (
         {"host_pool_gib": 4, "placement": "joint"},
         ["host_pool_gib", 'placement="split"', '"joint"'],

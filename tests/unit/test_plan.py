@@ -15,7 +15,7 @@ from vllm_tailorkv.attention import carried
 from vllm_tailorkv.attention.carried import carry_plan, options_of, plan_of
 from vllm_tailorkv.config import PRESETS
 from vllm_tailorkv.errors import TailorKVError
-from vllm_tailorkv.layout import DerivedKind
+from vllm_tailorkv.layout import DerivedKind, KeyLayout
 from vllm_tailorkv.plan import Plan, make_plan
 from vllm_tailorkv.profile import ModelShape
 
@@ -36,12 +36,13 @@ ROOT = Path(vllm_tailorkv.__file__).parent
             "topk_tokens": st.integers(1, 1000),
             "rerank_factor": st.floats(1, 64),
             "fit_codes": st.booleans(),
-            "placement": st.sampled_from(["auto", "joint", "split"]),
+            "placement": st.sampled_from(["auto", "split"]),
         },
-    )
+    ),
+    device=st.sampled_from(["cpu", "cuda"]),
 )
-def test_json_keeps_all_of_it(options: dict[str, Any]) -> None:
-    plan = make_plan(options, MODEL)
+def test_json_keeps_all_of_it(options: dict[str, Any], device: str) -> None:
+    plan = make_plan(options, MODEL, device=device, host_memory=10 << 30)
     assert Plan.from_json(json.loads(json.dumps(plan.as_json()))) == plan
 
 
@@ -64,9 +65,36 @@ def test_more_channels_than_a_head_has() -> None:
         make_plan({"index": "channels", "critical_channels": 129}, MODEL)
 
 
+def test_a_gpu_reads_rows_over_the_bus() -> None:
+    """Pages hold what is derived alone; K lies in rows, once; short contexts are decoded too."""
+    plan = make_plan({"profile": {"dense_layers": [0]}}, MODEL, device="cuda", host_memory=10 << 30)
+    assert plan.split
+    assert plan.host_pool == 6 << 30
+    assert plan.config.full_attention_below == 0
+    sizes = {"num_kv_heads": 1, "head_size": 128, "block_size": 128, "kv_itemsize": 2}
+    for layer in range(6):
+        layout = plan.layout(layer, **sizes)
+        assert layout.key_layout is KeyLayout.TOKEN_MAJOR
+        assert not layout.key_rows
+        assert layout.host_bytes == layout.full_bytes
+    given = {"full_attention_below": 777, "host_pool_gib": 2, "placement": "split"}
+    plan = make_plan(given, MODEL, device="cuda", host_memory=10 << 30)
+    assert plan.host_pool == 2 << 30
+    assert plan.config.full_attention_below == 777
+
+
+def test_placements_by_device() -> None:
+    with pytest.raises(TailorKVError, match='placement="joint".*device memory'):
+        make_plan({"placement": "joint"}, MODEL, device="cuda", host_memory=1 << 30)
+    with pytest.raises(TailorKVError, match='host_pool_gib=4 needs placement="split", is "auto"'):
+        make_plan({"host_pool_gib": 4}, MODEL)
+    assert make_plan({"host_pool_gib": 4}, MODEL, device="cuda").host_pool == 4 << 30
+
+
 def config_with(additional: Any, monkeypatch: pytest.MonkeyPatch, model: ModelShape = MODEL) -> Any:
     monkeypatch.setattr(carried, "model_shape", lambda _: model)
-    return SimpleNamespace(additional_config=additional)
+    device = SimpleNamespace(device_type="cpu")
+    return SimpleNamespace(additional_config=additional, device_config=device)
 
 
 def test_made_once(monkeypatch: pytest.MonkeyPatch) -> None:

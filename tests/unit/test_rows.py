@@ -62,21 +62,18 @@ def test_completed_groups(
     width = 1000 // block_size + 2
     free = list(range(len(lengths) * width))
     order.shuffle(free)
-    table = [free[i * width : (i + 1) * width] for i in range(len(lengths))]
-    groups = completed_groups(
-        torch.tensor([new for _, new in lengths], dtype=torch.int32),
-        torch.tensor([old + new for old, new in lengths], dtype=torch.int32),
-        torch.tensor(table, dtype=torch.int32),
-        group_size,
-        block_size,
-    )
-    expected = [
-        table[i][token // block_size] * (block_size // group_size)
-        + token % block_size // group_size
-        for i, (old, new) in enumerate(lengths)
-        for token in range(old, old + new)
-        if (token + 1) % group_size == 0
-    ]
+    slots, expected = [], []
+    for i, (old, new) in enumerate(lengths):
+        blocks = free[i * width : (i + 1) * width]
+        for token in range(old, old + new):
+            block, offset = blocks[token // block_size], token % block_size
+            slots.append(block * block_size + offset)
+            group = block * (block_size // group_size) + offset // group_size
+            expected.append(group if (token + 1) % group_size == 0 else -1)
+        if order.random() < 0.5:  # padding
+            slots.append(-1)
+            expected.append(-1)
+    groups = completed_groups(torch.tensor(slots, dtype=torch.int64), group_size)
     assert groups.dtype == torch.int64
     assert groups.is_contiguous()
     assert groups.tolist() == expected

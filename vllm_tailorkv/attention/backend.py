@@ -8,8 +8,8 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 
+from vllm_tailorkv.attention.builder import TailorKVMetadataBuilder
 from vllm_tailorkv.attention.impl import TailorKVImpl
-from vllm_tailorkv.attention.metadata import TailorKVMetadataBuilder
 from vllm_tailorkv.attention.name import NAME
 from vllm_tailorkv.attention.spec import TailorKVSpec
 

@@ -2,20 +2,13 @@
 
 from collections.abc import Mapping
 
-import psutil
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils.cpu_resource_utils import (
-    get_cgroup_memory_limit,
-    get_cgroup_memory_usage,
-    get_memory_node_info,
-    get_visible_memory_node,
-)
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_tailorkv.attention.spec import TailorKVSpec
-from vllm_tailorkv.cache.sizing import GIB, CacheSizing, size_cache
+from vllm_tailorkv.cache.sizing import CacheSizing, size_cache
 from vllm_tailorkv.plan import Plan
 
 
@@ -52,23 +45,6 @@ def cache_sizing(specs: Mapping[str, KVCacheSpec]) -> CacheSizing | None:
     return size_cache(layouts, others, split=next(iter(ours.values())).split)
 
 
-def pool_bytes(plan: Plan) -> int | None:
-    """Bytes of one worker's host pool, where the option sets them."""
-    gib = plan.config.host_pool_gib
-    return None if gib is None else int(gib * GIB)
-
-
 def blocks_of_one_request(vllm_config: VllmConfig, block_size: int) -> int:
     """Blocks of the longest request, and vLLM's null block."""
     return -(-vllm_config.model_config.max_model_len // block_size) + 1
-
-
-def available_memory() -> int:
-    """Bytes that this machine, or the container that this is, has left for all workers."""
-    nodes = get_visible_memory_node() or [0]
-    available = sum(get_memory_node_info(node).available_memory for node in nodes)
-    limit = get_cgroup_memory_limit()
-    if limit is not None:
-        # vLLM holds each memory node against the limit, not all of them together.
-        available = min(available, max(0, limit - (get_cgroup_memory_usage() or 0)))
-    return min(available, psutil.virtual_memory().available)

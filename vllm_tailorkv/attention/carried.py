@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
+from vllm_tailorkv.attention.memory import available_memory, local_workers
 from vllm_tailorkv.attention.name import NAME
 from vllm_tailorkv.config import TailorKVConfig
 from vllm_tailorkv.errors import TailorKVError
@@ -56,6 +57,12 @@ def model_shape(vllm_config: VllmConfig) -> ModelShape:
     )
 
 
+def serving_device(vllm_config: VllmConfig) -> str:
+    """The kind of device that the workers compute on, as `Plan.device` has it."""
+    device: str = vllm_config.device_config.device_type
+    return device
+
+
 def options_of(vllm_config: VllmConfig) -> Any:
     """Our section of `--additional-config`, or None.
 
@@ -95,7 +102,10 @@ def carry_plan(vllm_config: VllmConfig) -> Plan:
         plan = plan_of(vllm_config)
         if plan.model == shape:
             return plan
-    plan = make_plan(options, shape)
+    device, host_memory = serving_device(vllm_config), None
+    if device == "cuda":
+        host_memory = available_memory() // local_workers(vllm_config)
+    plan = make_plan(options, shape, device=device, host_memory=host_memory)
     # A new dict: the user may give the old one to another engine.
     vllm_config.additional_config = {**given, _CARRIED: plan.as_json(), _OF: options}
     return plan

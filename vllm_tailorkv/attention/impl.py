@@ -4,16 +4,18 @@ import weakref
 from collections.abc import Callable
 
 import torch
-from vllm import _custom_ops as vllm_ops
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_tailorkv.attention.carried import plan_of
-from vllm_tailorkv.attention.metadata import DecodeRows, ExactRows, TailorKVMetadata
+from vllm_tailorkv.attention.metadata import DecodeRows, Step, TailorKVMetadata
 from vllm_tailorkv.attention.name import LOGGER, OTHER_BACKEND
 from vllm_tailorkv.attention.selection import Layer, Pages, Selector, retrieve
 from vllm_tailorkv.attention.spec import TailorKVSpec
+from vllm_tailorkv.attention.staged import Staging
+from vllm_tailorkv.attention.varlen import Asked, choose_varlen
 from vllm_tailorkv.cache.host_pool import HostPool, allocate_host_pool
 from vllm_tailorkv.cache.huge_pages import advise_huge_pages
 from vllm_tailorkv.cache.views import derived_pages, host_pages
@@ -64,7 +66,16 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.softcap = logits_soft_cap or 0.0
-        self.config = plan_of(get_current_vllm_config()).config
+        vllm_config = get_current_vllm_config()
+        plan = plan_of(vllm_config)
+        self.config = plan.config
+        self.staging: Staging | None = None
+        """Of prompts on a GPU, shared by no other layer but in its memory."""
+        if plan.on_gpu:
+            dtype = vllm_config.model_config.dtype
+            asked = Asked(current_platform.device_type, dtype, head_size, self.softcap)
+            varlen = choose_varlen(asked)
+            self.staging = Staging(varlen, self.num_kv_heads, head_size, dtype, vllm_config)
         self.spec: TailorKVSpec | None = None
         self.pages: Pages | None = None
         self.selector: Selector = retrieve
@@ -131,66 +142,45 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             `output`.
         """
         if attn_metadata is None:
+            if self.staging is not None:
+                # What a step takes, so that vLLM's measure of memory sees it.
+                self.staging.buffer(query.device)
             return output
         assert self.pages is not None
         host, derived = self.pages.host, self.pages.derived
         count = attn_metadata.num_actual_tokens
-        ops.write_kv(
+        step = Step(
+            query[:count],
             key[:count],
             value[:count],
-            host.key,
-            host.value,
-            attn_metadata.slot_mapping,
-            host.key_rows,
+            output[:count],
+            host,
+            self.scale,
+            self.softcap,
         )
+        slots = attn_metadata.slot_mapping
+        ops.write_kv(step.key, step.value, host.key, host.value, slots, host.key_rows)
         if len(attn_metadata.groups):
             groups, fit = attn_metadata.groups, self.config.fit_codes
             ops.quantize_groups(groups, host.key, host.value, derived, fit)
         if attn_metadata.exact is not None:
-            self._exact(attn_metadata.exact, query[:count], output[:count])
+            attn_metadata.exact.attend(step)
         if attn_metadata.decode is not None:
-            self._decode(attn_metadata, attn_metadata.decode, query[:count], output[:count])
+            self._decode(attn_metadata, attn_metadata.decode, step)
         if self.observer is not None:
-            self.observer(query[:count], attn_metadata)
+            self.observer(step.query, attn_metadata)
         return output
 
-    def _exact(self, rows: ExactRows, query: torch.Tensor, output: torch.Tensor) -> None:
-        assert self.pages is not None
-        part = output if rows.tokens is None else torch.empty_like(query[rows.tokens])
-        vllm_ops.cpu_attention_with_kv_cache(
-            query=query if rows.tokens is None else query[rows.tokens],
-            key_cache=self.pages.host.stored_key,
-            value_cache=self.pages.host.value,
-            output=part,
-            query_start_loc=rows.query_start_loc,
-            seq_lens=rows.seq_lens,
-            scale=self.scale,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=rows.block_table,
-            softcap=self.softcap,
-            scheduler_metadata=rows.scheduler_metadata,
-            s_aux=None,
-        )
-        if rows.tokens is not None:
-            output[rows.tokens] = part
-
-    def _decode(
-        self,
-        metadata: TailorKVMetadata,
-        rows: DecodeRows,
-        query: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
+    def _decode(self, metadata: TailorKVMetadata, rows: DecodeRows, step: Step) -> None:
         assert self.pages is not None
         host, derived = self.pages.host, self.pages.derived
-        part = query.contiguous() if rows.tokens is None else query[rows.tokens]
-        result = torch.empty_like(part)
+        query = step.query[rows.tokens].contiguous()
+        in_place = isinstance(rows.tokens, slice)
+        result = step.output[rows.tokens] if in_place else torch.empty_like(query)
         if isinstance(derived, DenseCodes):
             ops.quantized_decode_attention(
                 result,
-                part,
+                query,
                 host.key,
                 host.value,
                 derived,
@@ -202,10 +192,10 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             )
         else:
             layer = Layer(self.pages, self.config, self.scale, self.softcap, metadata.workspace)
-            indices = self.selector(part, layer, rows)
+            indices = self.selector(query, layer, rows)
             ops.sparse_decode_attention(
                 result,
-                part,
+                query,
                 host.gathered_key,
                 host.value,
                 indices,
@@ -216,7 +206,5 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
                 scale=self.scale,
                 softcap=self.softcap,
             )
-        if rows.tokens is None:
-            output.copy_(result)
-        else:
-            output[rows.tokens] = result
+        if not in_place:
+            step.output[rows.tokens] = result

@@ -2,11 +2,13 @@
 
 from vllm.config import VllmConfig
 
-from vllm_tailorkv.attention.budget import available_memory, blocks_of_one_request, pool_bytes
+from vllm_tailorkv.attention.budget import blocks_of_one_request
 from vllm_tailorkv.attention.carried import is_selected
+from vllm_tailorkv.attention.memory import available_memory, local_workers
 from vllm_tailorkv.attention.name import OTHER_BACKEND
-from vllm_tailorkv.cache.sizing import GIB, CacheSizing
+from vllm_tailorkv.cache.sizing import CacheSizing
 from vllm_tailorkv.errors import TailorKVError
+from vllm_tailorkv.layout import GIB
 from vllm_tailorkv.plan import Plan
 
 
@@ -37,16 +39,22 @@ def require_room(
     )
 
 
+def _pool_name(plan: Plan) -> str:
+    """The host pool, by the option that sets it."""
+    if plan.config.host_pool_gib is not None:
+        return f"host_pool_gib={plan.config.host_pool_gib:g}"
+    return f"the host pool of {(plan.host_pool or 0) / GIB:.3g} GiB (host_pool_gib sets it)"
+
+
 def require_pool_room(vllm_config: VllmConfig, plan: Plan, sizing: CacheSizing) -> None:
     """Refuse a host pool that cannot hold one request of the model's length.
 
     Raises:
         TailorKVError: it cannot.
     """
-    pool = pool_bytes(plan)
-    if pool is not None:
-        name = f"host_pool_gib={plan.config.host_pool_gib:g}"
-        require_room(vllm_config, name, sizing.block_size, pool, sizing.host_bytes)
+    if plan.host_pool is not None:
+        name = _pool_name(plan)
+        require_room(vllm_config, name, sizing.block_size, plan.host_pool, sizing.host_bytes)
 
 
 def check_budgets(vllm_config: VllmConfig, plan: Plan, sizing: CacheSizing | None) -> None:
@@ -58,15 +66,14 @@ def check_budgets(vllm_config: VllmConfig, plan: Plan, sizing: CacheSizing | Non
     Raises:
         TailorKVError: one of them cannot hold one request of the model's length, or is not there.
     """
-    pool, parallel = pool_bytes(plan), vllm_config.parallel_config
+    pool, workers = plan.host_pool, local_workers(vllm_config)
     if pool is not None:
-        workers = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
         available = available_memory()
         if pool * workers > available:
             # Untouched pages cost nothing, so the system would end us later, while serving.
             each = f", for each of {workers} workers here," if workers > 1 else ""
             raise TailorKVError(
-                f"host_pool_gib={plan.config.host_pool_gib:g}{each} is more than the "
+                f"{_pool_name(plan)}{each} is more than the "
                 f"{available / GIB:.1f} GiB of memory available; lower it"
             )
     if sizing is None:
@@ -99,10 +106,10 @@ def require_pool_blocks(plan: Plan, sizing: CacheSizing, num_blocks: int) -> Non
     Raises:
         TailorKVError: `--num-gpu-blocks-override` asks for more.
     """
-    pool = pool_bytes(plan)
+    pool = plan.host_pool
     if pool is not None and num_blocks * sizing.host_bytes > pool:
         raise TailorKVError(
             f"--num-gpu-blocks-override {num_blocks} needs "
-            f"{num_blocks * sizing.host_bytes / GIB:.3f} GiB of host pool, host_pool_gib is "
-            f"{plan.config.host_pool_gib:g}; raise it, or lower the override"
+            f"{num_blocks * sizing.host_bytes / GIB:.3f} GiB of host pool, more than "
+            f"{_pool_name(plan)}; raise it, or lower the override"
         )

@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_tailorkv.attention.cpu_batch import PagedRows
 from vllm_tailorkv.attention.impl import TailorKVImpl
 from vllm_tailorkv.attention.metadata import TailorKVMetadata
 from vllm_tailorkv.errors import TailorKVError
@@ -78,7 +79,7 @@ class LayerRecorder:
             TailorKVError: another request is in the batch.
         """
         rows = metadata.exact
-        if rows is None or rows.tokens is not None or len(rows.seq_lens) != 1:
+        if not isinstance(rows, PagedRows) or rows.tokens is not None or len(rows.seq_lens) != 1:
             raise TailorKVError(
                 "identify: another request is in the batch; leave the engine to the one prompt"
             )

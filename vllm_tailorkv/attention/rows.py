@@ -47,33 +47,18 @@ def tail_starts(
     return torch.minimum(seq_lens - config.recent_tokens, complete)
 
 
-def completed_groups(
-    query_lens: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    group_size: int,
-    block_size: int,
-) -> torch.Tensor:
-    """The groups that this step's tokens complete, as `quantize_groups` takes them.
+def completed_groups(slot_mapping: torch.Tensor, group_size: int) -> torch.Tensor:
+    """The group that each token completes, as `quantize_groups` takes them: int64 [T], or -1.
+
+    Tokens of a group are written in order, so that its last one completes it; one that is written
+    again, in place of a draft that was rejected, completes it again.
 
     Args:
-        query_lens, seq_lens: int [num_reqs]; a step writes tokens `[L - q, L)`.
-        block_table: int32 [num_reqs, max_blocks].
-
-    Returns:
-        int64 [N], `block * groups_per_block + group within the block`.
+        slot_mapping: int64 [T], slots of the tokens of a step, -1 for none; blocks are whole
+            groups.
     """
-    first = ((seq_lens - query_lens) // group_size).long()
-    counts = (seq_lens // group_size).long() - first
-    total = int(counts.sum())
-    if total == 0:
-        return torch.empty(0, dtype=torch.int64)
-    requests = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    starts = torch.repeat_interleave(first - (counts.cumsum(0) - counts), counts)
-    groups = starts + torch.arange(total)
-    per_block = block_size // group_size
-    blocks = block_table[requests, groups // per_block].long()
-    return blocks * per_block + groups % per_block
+    # No slot, -1, passes for the end of group -1.
+    return torch.where((slot_mapping + 1) % group_size == 0, slot_mapping // group_size, -1)
 
 
 def token_indices(query_start_loc: torch.Tensor, requests: torch.Tensor) -> torch.Tensor:

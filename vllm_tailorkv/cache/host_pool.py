@@ -13,9 +13,8 @@ from vllm_tailorkv.cache.device_view import device_view
 from vllm_tailorkv.cache.huge_pages import advise_huge_pages
 from vllm_tailorkv.cache.memory import available_memory
 from vllm_tailorkv.cache.numa import node_of, prefer_node
-from vllm_tailorkv.cache.sizing import GIB
 from vllm_tailorkv.errors import TailorKVError
-from vllm_tailorkv.layout import PageLayout
+from vllm_tailorkv.layout import GIB, PageLayout
 
 logger = logging.getLogger("vllm.tailorkv")
 

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vllm_tailorkv.layout import DerivedKind, PageLayout
-
-GIB = 1 << 30
+from vllm_tailorkv.layout import GIB, DerivedKind, PageLayout
 
 
 @dataclass(frozen=True)
