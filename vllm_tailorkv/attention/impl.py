@@ -16,7 +16,7 @@ from vllm_tailorkv.attention.selection import Layer, Pages, Selector, retrieve
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.attention.staged import Staging
 from vllm_tailorkv.attention.varlen import Asked, choose_varlen
-from vllm_tailorkv.cache.host_pool import allocate_host_pool
+from vllm_tailorkv.cache.host_pool import HostPool, allocate_host_pool
 from vllm_tailorkv.cache.huge_pages import advise_huge_pages
 from vllm_tailorkv.cache.views import derived_pages, host_pages
 from vllm_tailorkv.errors import TailorKVError
@@ -29,6 +29,9 @@ logger = init_logger(LOGGER)
 
 class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
     """Exact attention for prompts and short contexts, tailored attention for decode steps."""
+
+    _unbind: Callable[[], object] = staticmethod(lambda: None)
+    """Lets go of the pages; once, and also when vLLM drops its tensor."""
 
     @noted
     def __init__(
@@ -89,7 +92,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         Raises:
             TailorKVError: the layer never asked for pages of ours.
         """
-        self.pages = None
+        self._unbind()
         if kv_cache.numel() == 0:
             return
         if self.spec is None:
@@ -101,19 +104,21 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         raw = kv_cache.flatten(1).view(torch.uint8)
         if reason := advise_huge_pages(raw):
             logger.info_once("TailorKV: vLLM's cache keeps small pages: %s.", reason)
+        pool = None
         if self.spec.split:
-            host = allocate_host_pool(len(raw), layout)
-            derived = raw
+            pool = allocate_host_pool(len(raw), layout, raw.device)
+            host, derived = pool.pages, raw
         else:
             host, derived = raw[:, : layout.host_bytes], raw[:, layout.host_bytes :]
         derived = derived[:, : layout.derived_bytes]
         self.pages = Pages(host_pages(host, layout, dtype), derived_pages(derived, layout, dtype))
         # vLLM frees a cache by dropping the tensor; our views must not keep it alive.
-        weakref.finalize(kv_cache, self._release, self.pages)
+        self._unbind = weakref.finalize(kv_cache, self._release, pool)
 
-    def _release(self, pages: Pages) -> None:
-        if self.pages is pages:
-            self.pages = None
+    def _release(self, pool: HostPool | None) -> None:
+        self.pages = None
+        if pool is not None:
+            pool.release()
 
     def forward(
         self,
