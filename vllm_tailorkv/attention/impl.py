@@ -143,8 +143,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         """
         if attn_metadata is None:
             if self.staging is not None:
-                # What a step takes, so that vLLM's measure of memory sees it.
-                self.staging.buffer(query.device)
+                self.staging.reserve(query.device)
             return output
         assert self.pages is not None
         host, derived = self.pages.host, self.pages.derived
