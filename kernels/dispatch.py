@@ -29,6 +29,7 @@ OPS = (
     "rerank_topk",
     "retrieve_topk",
     "sparse_decode_attention",
+    "retrieve_attention",
     "dense_preference",
 )
 
