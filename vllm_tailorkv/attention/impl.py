@@ -12,7 +12,14 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 from vllm_tailorkv.attention.carried import plan_of
 from vllm_tailorkv.attention.metadata import DecodeRows, ExactRows, TailorKVMetadata
 from vllm_tailorkv.attention.name import LOGGER, OTHER_BACKEND
-from vllm_tailorkv.attention.selection import Layer, Pages, Selector, retrieve
+from vllm_tailorkv.attention.selection import (
+    Layer,
+    Pages,
+    Selector,
+    attend_retrieved,
+    attend_selected,
+    retrieve,
+)
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.cache.host_pool import allocate_host_pool
 from vllm_tailorkv.cache.huge_pages import advise_huge_pages
@@ -197,20 +204,10 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             )
         else:
             layer = Layer(self.pages, self.config, self.scale, self.softcap, metadata.workspace)
-            indices = self.selector(part, layer, rows)
-            ops.sparse_decode_attention(
-                result,
-                part,
-                host.gathered_key,
-                host.value,
-                indices,
-                rows.block_table,
-                rows.seq_lens,
-                rows.tail_start,
-                sink_tokens=self.config.sink_tokens,
-                scale=self.scale,
-                softcap=self.softcap,
-            )
+            if self.selector is retrieve:
+                attend_retrieved(result, part, layer, rows)
+            else:
+                attend_selected(result, part, self.selector(part, layer, rows), layer, rows)
         if rows.tokens is None:
             output.copy_(result)
         else:
