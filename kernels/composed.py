@@ -70,6 +70,7 @@ def retrieve_topk(
 ) -> None:
     """See `ops.retrieve_topk`."""
     rows, heads = query.shape[0], key_cache.shape[1]
+    candidates = max(indices.shape[2], min(candidates, max_tail_start))
     grouped = query.float().unflatten(1, (heads, -1))
     alone, reranked = grouped.shape[2] == 1, candidates > indices.shape[2]
     by_head = every_head and not alone
@@ -113,3 +114,59 @@ def retrieve_topk(
             scale=scale,
             softcap=softcap,
         )
+
+
+def retrieve_attention(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    index: TokenIndex,
+    key_cache: torch.Tensor,
+    gathered_key: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tail_start: torch.Tensor,
+    sink_tokens: int,
+    critical_channels: int,
+    topk: int,
+    candidates: int,
+    channels: int,
+    every_head: bool,
+    scale: float,
+    softcap: float,
+    max_tail_start: int,
+) -> None:
+    """See `ops.retrieve_attention`."""
+    shape = (len(query), key_cache.shape[1], min(topk, max_tail_start))
+    indices = query.new_empty(shape, dtype=torch.int32)
+    ops.retrieve_topk(
+        indices,
+        query,
+        index,
+        key_cache,
+        gathered_key,
+        block_table,
+        seq_lens,
+        tail_start,
+        sink_tokens=sink_tokens,
+        critical_channels=critical_channels,
+        candidates=candidates,
+        channels=channels,
+        every_head=every_head,
+        scale=scale,
+        softcap=softcap,
+        max_tail_start=max_tail_start,
+    )
+    ops.sparse_decode_attention(
+        output,
+        query,
+        gathered_key,
+        value_cache,
+        indices,
+        block_table,
+        seq_lens,
+        tail_start,
+        sink_tokens=sink_tokens,
+        scale=scale,
+        softcap=softcap,
+    )

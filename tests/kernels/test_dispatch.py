@@ -88,7 +88,7 @@ def test_gpus(monkeypatch, gpu, name):
         has_it = "cuda" if op == "select_topk" else "triton"
         if name == "reference":
             has_it = "reference"
-        if op in ("propose_topk", "retrieve_topk"):
+        if op in ("propose_topk", "retrieve_topk", "retrieve_attention"):
             has_it = "composed"
         assert choice.name == has_it
         if name is None:

@@ -91,6 +91,19 @@ def test_steps_look_at_no_value(monkeypatch, build_context, kind, every_head):
         found(plain.select_topk, len(LENGTHS), 2, 40, list(map(fake, selected)))
 
 
+@pytest.mark.parametrize("kind", [DerivedKind.ONEBIT, DerivedKind.CHANNELS])
+def test_more_candidates_than_tokens(cpu, build_context, kind):
+    """As many are proposed as there are; memory is taken for no more."""
+    context = build_context(LENGTHS, kind=kind)
+    query = torch.randn(len(LENGTHS), 8, 64).to(torch.bfloat16)
+    results = []
+    for candidates in (2**31 - 1, 1000):
+        arguments = arguments_of(context, query, kind, 40, candidates, True)
+        results.append(found(cpu.retrieve_topk, len(LENGTHS), 2, 40, arguments))
+        results.append(found(composed.retrieve_topk, len(LENGTHS), 2, 40, arguments))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_no_rows(cpu, build_context):
     context = build_context([64], kind=DerivedKind.ONEBIT)
     query = torch.zeros(1, 4, 64, dtype=torch.bfloat16)

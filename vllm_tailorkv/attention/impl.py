@@ -12,7 +12,14 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 from vllm_tailorkv.attention.carried import plan_of
 from vllm_tailorkv.attention.metadata import DecodeRows, Step, TailorKVMetadata
 from vllm_tailorkv.attention.name import LOGGER, OTHER_BACKEND
-from vllm_tailorkv.attention.selection import Layer, Pages, Selector, retrieve
+from vllm_tailorkv.attention.selection import (
+    Layer,
+    Pages,
+    Selector,
+    attend_retrieved,
+    attend_selected,
+    retrieve,
+)
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.attention.staged import Staging
 from vllm_tailorkv.attention.varlen import Asked, choose_varlen
@@ -191,19 +198,9 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             )
         else:
             layer = Layer(self.pages, self.config, self.scale, self.softcap, metadata.workspace)
-            indices = self.selector(query, layer, rows)
-            ops.sparse_decode_attention(
-                result,
-                query,
-                host.gathered_key,
-                host.value,
-                indices,
-                rows.block_table,
-                rows.seq_lens,
-                rows.tail_start,
-                sink_tokens=self.config.sink_tokens,
-                scale=self.scale,
-                softcap=self.softcap,
-            )
+            if self.selector is retrieve:
+                attend_retrieved(result, query, layer, rows)
+            else:
+                attend_selected(result, query, self.selector(query, layer, rows), layer, rows)
         if not in_place:
             step.output[rows.tokens] = result
