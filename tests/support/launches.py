@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
@@ -25,7 +24,7 @@ def select_topk_kernels() -> list[str]:
     """What the CUDA extension's `select_topk` launches, from its source."""
     source = (ROOT / "csrc/cuda/select_topk.cuh").read_text()
     body = source[source.index("void run_select_topk(") :]
-    return [match[1] for match in re.finditer(r"launch(?:\.clear)?\((\w+)", body)]
+    return [match[1] for match in re.finditer(r"launch\((\w+)", body)]
 
 
 class _Torch(TorchDispatchMode):
@@ -35,9 +34,7 @@ class _Torch(TorchDispatchMode):
         super().__init__()
         self.names = names
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
         if name.startswith("vllm_tailorkv::"):
             assert name == "vllm_tailorkv::select_topk", name
@@ -62,9 +59,7 @@ def launches(monkeypatch: Any) -> Iterator[list[str]]:
         patch.setattr(launch, "_multiprocessors", lambda _: 132)
         for module in (cuda, triton_module):
             patch.setattr(module, "unavailable", lambda: None)
-        patch.setattr(
-            ops, "implementation", lambda op, _: dispatch.choose(op, "cuda").function
-        )
+        patch.setattr(ops, "implementation", lambda op, _: dispatch.choose(op, "cuda").function)
         dispatch.forget()
         cuda.load()
         with _Torch(names):
