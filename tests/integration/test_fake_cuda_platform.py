@@ -43,6 +43,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "usual": {},
     "blocks of 64": {"block_size": 64},
     "eager": {"enforce_eager": True},
+    "graphs of decode steps": {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
     "drafts": {"speculative_config": NGRAM},
     "weights in host memory": {"cpu_offload_gb": 1},
     "two ranks": {"tensor_parallel_size": 2},
@@ -162,6 +163,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "given memory": BIG
     | {"memory": [3 * GIB], "kv_cache_memory_bytes": 3 * GIB, **options(host_pool_gib=100)},
     "given blocks": BIG | {"memory": [60 * GIB], "num_gpu_blocks_override": 1100},
+    "a draft's layers": BIG | {"memory": [5 * GIB], "draft_layers": 1},
     "two ranks": BIG | {"memory": [60 * GIB, 50 * GIB], "tensor_parallel_size": 2},
     "two stages": BIG
     | {
@@ -232,7 +234,11 @@ def test_a_configuration_that_serves(results: dict[str, Any], name: str) -> None
     assert found["metric"]["placement"] == "split"
     assert found["full_attention_below"] == 0
     assert found["block_size"] == (64 if name == "blocks of 64" else 128)
-    graphs = {"eager": "NONE", "drafts": "PIECEWISE"}
+    graphs = {
+        "eager": "NONE",
+        "drafts": "PIECEWISE",
+        "graphs of decode steps": "FULL_DECODE_ONLY",
+    }
     assert found["graphs"] == graphs.get(name, "FULL_AND_PIECEWISE")
     assert found["small_pages"]
 
@@ -269,8 +275,8 @@ def test_blocks_fit_both_budgets(results: dict[str, Any], name: str) -> None:
     """Those of the worker that has least room; all have as many."""
     found, arguments = results["cache: " + name], CACHES[name]
     assert "refused" not in found and "failed" not in found, found
-    workers = zip(found["derived_bytes"], found["host_bytes"], arguments["memory"], strict=True)
-    fits = [min(memory // derived, found["host_pool"] // host) for derived, host, memory in workers]
+    workers = zip(found["device_bytes"], found["host_bytes"], arguments["memory"], strict=True)
+    fits = [min(memory // device, found["host_pool"] // host) for device, host, memory in workers]
     blocks = arguments.get("num_gpu_blocks_override", min(fits))
     assert found["blocks"] == [blocks] * len(arguments["memory"])
 
@@ -305,7 +311,7 @@ def test_each_worker_has_a_part_of_a_block(results: dict[str, Any]) -> None:
     found = results["cache: two stages"]
     assert found["host_bytes"] == [token // 2 * 128] * 2
     # The first stage's dense layers keep more.
-    assert found["derived_bytes"][0] > found["derived_bytes"][1]
+    assert found["device_bytes"][0] > found["device_bytes"][1]
     [line] = bound(found)
     assert line.startswith("TailorKV: 2 GiB of device memory")
 

@@ -37,7 +37,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_tailorkv import doctor
-from vllm_tailorkv.attention import carried, limits, support, varlen
+from vllm_tailorkv.attention import budget, carried, limits, support, varlen
 from vllm_tailorkv.attention.builder import TailorKVMetadataBuilder
 from vllm_tailorkv.attention.name import LOGGER
 from vllm_tailorkv.attention.report import METRIC
@@ -120,10 +120,13 @@ def spawned(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def cache(arguments: dict[str, Any]) -> dict[str, Any]:
-    """As the engine core does, given `memory`: the bytes that each worker found for its cache."""
+    """As the engine core does, given `memory`: the bytes that each worker found for its cache.
+
+    `draft_layers`: how many layers there are beside ours, of vLLM's own backend.
+    """
     from vllm.v1.engine import core
 
-    memory = arguments.pop("memory")
+    memory, draft_layers = arguments.pop("memory"), arguments.pop("draft_layers", 0)
     config = resolve(arguments)
     model, parallel = config.model_config, config.parallel_config
     stages, ranks = parallel.pipeline_parallel_size, parallel.tensor_parallel_size
@@ -137,18 +140,21 @@ def cache(arguments: dict[str, Any]) -> dict[str, Any]:
             head_size=model.get_head_size(),
             dtype=model.dtype,
         )
-        workers += [{name: layer_spec(spec, name, config) for name in names}] * ranks
+        ours = {name: layer_spec(spec, name, config) for name in names}
+        theirs = {f"draft.layers.{layer}.self_attn.attn": spec for layer in range(draft_layers)}
+        workers += [ours | theirs] * ranks
+    core.register_all_kvcache_specs(config)
     record_kv_cache_layout(config.cache_config, "LBHNC")
     # vLLM takes away the handlers of its loggers' children now and then.
     collect, logger = Collect(), logging.getLogger(LOGGER)
     logger.addHandler(collect)
     configs = core.get_kv_cache_configs(config, workers, memory)
     logger.removeHandler(collect)
-    specs = [list(worker.values()) for worker in workers]
+    sizings = [budget.cache_sizing(worker) for worker in workers]
     return facts(config) | {
         "blocks": [one.num_blocks for one in configs],
-        "host_bytes": [sum(spec.layout.host_bytes for spec in worker) for worker in specs],
-        "derived_bytes": [sum(spec.page_size_bytes for spec in worker) for worker in specs],
+        "host_bytes": [sizing.host_bytes for sizing in sizings],
+        "device_bytes": [sizing.pool_bytes for sizing in sizings],
         "log": collect.lines,
     }
 
