@@ -27,13 +27,15 @@ ORDER = [
     {"config"},
     {"layout"},
     {"envs"},
-    {"failures", "files"},
+    {"arguments", "failures", "files"},
     {"errors"},
 ]
 """Rooms from the top; one imports from its own and from lower ones."""
 
 MAY_IMPORT_VLLM = {"plugin", "cli", "doctor", "identify", "patches", "attention"}
-WITHOUT_TORCH = ["config", "envs", "errors", "failures", "files", "layout", "plan", "profile"]
+WITHOUT_TORCH = [
+    *("arguments", "config", "envs", "errors", "failures", "files", "layout", "plan", "profile")
+]
 
 RANKS = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 

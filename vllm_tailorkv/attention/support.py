@@ -11,7 +11,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_tailorkv.attention.backend import TailorKVBackend
 from vllm_tailorkv.attention.budget import expected_sizing
-from vllm_tailorkv.attention.carried import carry_plan
+from vllm_tailorkv.attention.carried import carry_plan, has_full_attention
 from vllm_tailorkv.attention.limits import check_budgets, require_a_layer
 from vllm_tailorkv.attention.name import LOGGER, OTHER_BACKEND
 from vllm_tailorkv.attention.report import tell_plan
@@ -199,7 +199,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     has_windows = model.get_sliding_window() is not None
     if on_gpu and has_windows and (windowed or not kinds):
         _refuse_windows()
-    if kinds and len(windowed) == len(kinds):
+    if not has_full_attention(vllm_config) or (kinds and len(windowed) == len(kinds)):
         require_a_layer(vllm_config)
     _check_cache_scheme(model, cache_dtype)
     _check_cache_dtype(cache_dtype, model.dtype)
