@@ -75,6 +75,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             self.staging = Staging(varlen, self.num_kv_heads, head_size, dtype, vllm_config)
         self.spec: TailorKVSpec | None = None
         self.pages: Pages | None = None
+        self.layer_name = ""
         self.selector: Selector = retrieve
         self.observer: Callable[[torch.Tensor, TailorKVMetadata], None] | None = None
         """Called with every step's queries [T, H, d] and metadata, its K and V written."""
@@ -97,6 +98,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
                 f"--attention-backend tailorkv: the cache of {layer_name} is of a kind that is "
                 f"not supported; {OTHER_BACKEND}"
             )
+        self.layer_name = layer_name
         layout, dtype = self.spec.layout, self.spec.dtype
         raw = kv_cache.flatten(1).view(torch.uint8)
         if reason := advise_huge_pages(raw):
@@ -201,5 +203,8 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
                 scale=self.scale,
                 softcap=self.softcap,
             )
+        if metadata.guard is not None:
+            layer = Layer(self.pages, self.config, self.scale, self.softcap, metadata.workspace)
+            metadata.guard.look(self.layer_name, layer, query, result, rows, self.selector)
         if not in_place:
             step.output[rows.tokens] = result

@@ -1,13 +1,16 @@
 """What layers are told of a batch, once a step for all layers of one spec."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from vllm.v1.attention.backend import AttentionMetadata
 
 from vllm_tailorkv.attention.workspace import Workspace
 from vllm_tailorkv.cache.views import HostPages
+
+if TYPE_CHECKING:
+    from vllm_tailorkv.attention.guard import GuardedRow
 
 
 class Step(NamedTuple):
@@ -60,6 +63,7 @@ class TailorKVMetadata(AttentionMetadata):
     num_actual_tokens: query tokens, padding excluded.
     slot_mapping: int64 [>= num_actual_tokens].
     groups: int64 [N], the groups that this step completes; negative ones are none.
+    guard: the decode row that is attended exactly as well, in a step where one is.
     """
 
     num_actual_tokens: int
@@ -68,3 +72,4 @@ class TailorKVMetadata(AttentionMetadata):
     exact: ExactRows | None
     decode: DecodeRows | None
     workspace: Workspace
+    guard: "GuardedRow | None" = None
