@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -44,7 +45,9 @@ EXTREMES = make_layout(DerivedKind.CHANNELS, 64, False)
 
 
 def counts_of(layout: PageLayout, config: Any = CONFIG, **options: Any) -> StepCounts:
-    return StepCounter(layout, config, 3, **options).of_rows(QUERY_LENS, LENGTHS, PREFILLING)
+    return StepCounter(layout, config, 3, **options).of_rows(
+        QUERY_LENS.numpy(), LENGTHS.numpy(), PREFILLING.numpy()
+    )
 
 
 def test_dense_layers() -> None:
@@ -95,7 +98,7 @@ def test_an_index_of_channels_reads_k() -> None:
 
 def test_extremes_of_every_other_group() -> None:
     counter = StepCounter(EXTREMES, CHANNELS, 1)
-    one = torch.ones(1, dtype=torch.int32)
+    one = np.ones(1, dtype=np.int32)
     counts = counter.of_rows(one, one * (300 * 64 + 56), None)
     assert counts.derived_read == 150 * 2 * 2 * 64 * 2
 
@@ -170,8 +173,8 @@ def test_groups_are_those_of_the_batch(lengths: list[tuple[int, int]], group_siz
     ]
     groups = completed_groups(torch.tensor(slots), group_size)
     counter = StepCounter(make_layout(DerivedKind.DENSE, group_size, False), CONFIG, 1)
-    query_lens = torch.tensor([new for _, new in lengths], dtype=torch.int32)
-    ends = torch.tensor([old + new for old, new in lengths], dtype=torch.int32)
+    query_lens = np.array([new for _, new in lengths], dtype=np.int32)
+    ends = np.array([old + new for old, new in lengths], dtype=np.int32)
     counts = counter.of_rows(query_lens, ends, None)
     assert counts.quantized_groups == int((groups >= 0).sum())
 

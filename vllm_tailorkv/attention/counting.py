@@ -5,10 +5,10 @@ like any other. Bytes are those of the elements that the ops need, each once a s
 caches hold, and whole cache lines around single elements, do not count.
 """
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_tailorkv.attention import metrics
@@ -18,9 +18,10 @@ from vllm_tailorkv.config import TailorKVConfig
 from vllm_tailorkv.kernels.types import SPREAD_GROUPS
 from vllm_tailorkv.layout import DerivedKind, PageLayout
 
+Array = npt.NDArray[Any]
 
-@dataclass(frozen=True)
-class StepCounts:
+
+class StepCounts(NamedTuple):
     """What one layer does in a step; names as those of the metrics.
 
     host_read: bytes, by decode steps, by attention in full, and to derive records.
@@ -82,8 +83,8 @@ class StepCounter:
         ]
         if layout.kind is not DerivedKind.DENSE:
             once.append(("selected_tokens", metrics.SELECTED_TOKENS, ()))
-        self._meters: list[tuple[str, Meter]] = [
-            (name, meter(metric, kind, *labels))
+        self._meters: list[tuple[int, Meter]] = [
+            (StepCounts._fields.index(name), meter(metric, kind, *labels))
             for name, metric, labels in always + (once if first_rank else [])
         ]
 
@@ -95,39 +96,37 @@ class StepCounter:
                 return
             # Drafts that will be rejected may be counted in it.
             lengths = common.seq_lens_cpu_upper_bound
-        prefilling = common.is_prefilling
-        # What has no entry there is padding.
-        rows = len(lengths) if prefilling is None else min(len(lengths), len(prefilling))
-        query_lens, lengths = starts[1 : rows + 1] - starts[:rows], lengths[:rows]
-        if prefilling is not None:
-            prefilling = prefilling[:rows]
+        # Arrays, because a call of torch's costs two or three times as much.
+        bounds, ends = starts.numpy(), lengths.numpy()
+        query_lens, prefilling = bounds[1:] - bounds[:-1], None
+        if common.is_prefilling is not None:
+            prefilling = common.is_prefilling.numpy()
+            # What has no entry there is padding.
+            query_lens, ends = query_lens[: len(prefilling)], ends[: len(prefilling)]
             # A request's first tokens are its prompt's: rows that have none are no request's.
-            if rows and not prefilling[0] and lengths[0] <= query_lens[0]:
+            if len(ends) and not prefilling[0] and ends[0] <= query_lens[0]:
                 return
-        counts = self.of_rows(query_lens, lengths, prefilling)
-        for name, one in self._meters:
-            if amount := getattr(counts, name):
+        counts = self.of_rows(query_lens, ends, prefilling)
+        for index, one in self._meters:
+            if amount := counts[index]:
                 one.add(amount * self.layers)
 
-    def of_rows(
-        self, query_lens: torch.Tensor, lengths: torch.Tensor, prefilling: torch.Tensor | None
-    ) -> StepCounts:
+    def of_rows(self, query_lens: Array, ends: Array, prefilling: Array | None) -> StepCounts:
         """What one layer does for these requests.
 
         Args:
-            query_lens, lengths: int32 [R], on the CPU: tokens of this step, and in context.
+            query_lens, ends: int32 [R]; tokens of this step, and in context.
             prefilling: bool [R], or None if no prompt is among them.
         """
         layout = self.layout
-        decode = decode_mask(query_lens, lengths, prefilling, self.config.exact_below)
-        contexts = lengths[decode]
-        tails = tail_starts(contexts, layout.kind, layout.group_size, self.config).numpy()
-        served, tokens = decode.numpy(), query_lens.numpy()
-        ends, context_tokens = lengths.numpy(), int(contexts.numpy().sum())
-        groups = int((ends // layout.group_size - (ends - tokens) // layout.group_size).sum())
-        read_again = ~served
+        decode = decode_mask(query_lens, ends, prefilling, self.config.exact_below)
+        contexts = ends[decode]
+        tails = tail_starts(contexts, layout.kind, layout.group_size, self.config)
+        context_tokens = int(contexts.sum())
+        groups = int((ends // layout.group_size - (ends - query_lens) // layout.group_size).sum())
+        read_again = ~decode
         if self.on_gpu:
-            read_again = read_again & (tokens < ends)
+            read_again &= query_lens < ends
         if layout.kind is DerivedKind.DENSE:
             coded, selected, parts = int(tails.sum()), 0, 2
             read = 2 * (context_tokens - coded) * self._row_bytes
@@ -135,7 +134,7 @@ class StepCounter:
         else:
             selected, read, derived_read = self._sparse(tails, context_tokens)
             parts = 1
-        total, decode_rows = int(tokens.sum()), int(served.sum())
+        total, decode_rows = int(query_lens.sum()), len(contexts)
         return StepCounts(
             decode_rows=decode_rows,
             exact_rows=total - decode_rows,
@@ -150,16 +149,16 @@ class StepCounter:
             derived_written=groups * self._record_bytes,
         )
 
-    def _sparse(self, tails: "np.ndarray", context_tokens: int) -> tuple[int, int, int]:
+    def _sparse(self, tails: Array, context_tokens: int) -> tuple[int, int, int]:
         """Tokens selected, bytes of K and V read, bytes of the index read, of all rows."""
         layout, config = self.layout, self.config
-        middles = np.maximum(tails - config.sink_tokens, 0)
+        middles = (tails - config.sink_tokens).clip(min=0)
         selected = int(np.minimum(middles, config.topk_tokens).sum())
         proposed = int(np.minimum(middles, config.candidate_tokens).sum())
         attended = context_tokens - int(middles.sum()) + selected
         # V of what is attended to, K of it and of the candidates that were dropped.
         read = (2 * attended + proposed - selected) * self._row_bytes
-        groups = np.where(middles > 0, -(-tails // layout.group_size), 0)
+        groups = (middles > 0) * -(-tails // layout.group_size)
         if layout.kind is DerivedKind.ONEBIT:
             return selected, read, int(groups.sum()) * self._record_bytes
         channel = layout.num_kv_heads * layout.kv_itemsize * layout.group_size

@@ -82,7 +82,9 @@ class Meter:
 
     def add(self, amount: float) -> None:
         """Add to it."""
-        self.set(self.value + amount)
+        value = self.value = self.value + amount
+        if self._file is not None:
+            self._file.write_value(self._key, value, 0.0)
 
 
 class Histogram:
