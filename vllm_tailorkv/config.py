@@ -163,6 +163,20 @@ class TailorKVConfig(BaseModel):
         "its share of vLLM's cache memory; on GPUs: 60% of the memory available, shared by the "
         "workers of a machine.",
     )
+    guard_share: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="Share of decode steps in which each layer also attends exactly to one row, "
+        "so that metrics tell what is lost; what is served stays the same. On CPUs only.",
+    )
+    guard_bound: float = Field(
+        default=0.5,
+        gt=0,
+        allow_inf_nan=False,
+        description="Relative error of a layer's output in a guarded row, above which the log "
+        "warns, once a minute at the most.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -145,6 +145,11 @@ def _for_gpu(config: TailorKVConfig) -> TailorKVConfig:
             'placement="joint" keeps full-precision K and V in vLLM\'s pages, which are device '
             "memory here; leave it out"
         )
+    if config.guard_share > 0:
+        raise TailorKVError(
+            f"guard_share={config.guard_share:g} is for CPUs: on a GPU decode steps replay as CUDA "
+            "graphs, which compare nothing; leave it out"
+        )
     if "full_attention_below" in config.model_fields_set:
         return config
     return TailorKVConfig.model_validate(

@@ -368,7 +368,7 @@ class Server:
             additional_config={"tailorkv_plan": plan.as_json()},
             compilation_config=SimpleNamespace(static_forward_context={}),
             model_config=SimpleNamespace(get_num_attention_heads=lambda _: QUERY_HEADS),
-            parallel_config=None,
+            parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1),
         )
 
     def cache(self, spec: TailorKVSpec, config: Any, generator: torch.Generator) -> Cache:

@@ -78,6 +78,19 @@ def answers(server: VllmServer) -> list[list[int]]:
         return list(pool.map(ask, PROMPTS))
 
 
+def decode_rows(metrics: str) -> dict[str, float]:
+    """Of each kind of layer."""
+    pattern = r'^tailorkv_decode_rows_total{layers="(\w+)"} (\S+)$'
+    return {kind: float(count) for kind, count in re.findall(pattern, metrics, re.M)}
+
+
+EVERY_ROW = {
+    "dense": len(PROMPTS) * (STEPS - 1) * 2,
+    "sparse": len(PROMPTS) * (STEPS - 1) * 2,
+}
+"""Two layers of each kind; the first token of a request is its prompt's."""
+
+
 def test_data_parallel_with_two_api_servers(
     serve: Callable[..., VllmServer], expected: list[list[int]]
 ) -> None:
@@ -86,6 +99,7 @@ def test_data_parallel_with_two_api_servers(
     metrics = httpx.get(f"{server.url}/metrics").text
     generated = re.findall(r'^vllm:generation_tokens_total{engine="(\d)".* (\S+)$', metrics, re.M)
     assert {engine for engine, count in generated if float(count)} == {"0", "1"}
+    assert decode_rows(metrics) == EVERY_ROW
     plan = server.plan()
     assert plan is not None
     assert plan.dense_layers == LONG_OPTIONS["onebit"]["profile"]["dense_layers"]
@@ -99,3 +113,4 @@ def test_pipeline_parallel(serve: Callable[..., VllmServer], expected: list[list
         compilation = '{"mode": 1, "backend": "eager"}'
         server = serve("--pipeline-parallel-size", "2", "--compilation-config", compilation)
     assert answers(server) == expected
+    assert decode_rows(httpx.get(f"{server.url}/metrics").text) == EVERY_ROW

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_tailorkv.demo.server import ServerOptions, VllmServer
 
@@ -45,6 +46,15 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             yield running
 
 
+def sample(server: VllmServer, name: str, **labels: str) -> float:
+    """One value under `/metrics`."""
+    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text):
+        for one in family.samples:
+            if (one.name, one.labels) == (name, labels):
+                return one.value
+    raise AssertionError((name, labels))
+
+
 def metric(server: VllmServer, name: str) -> float:
     """The sum of a metric over its labels."""
     text = httpx.get(f"{server.url}/metrics").text
@@ -71,6 +81,66 @@ def test_the_metrics_tell_the_plan(server: VllmServer) -> None:
     assert plan.host_bytes_per_token >= plan.full_bytes_per_token > plan.derived_bytes_per_token
 
 
+def test_the_metrics_count_what_the_workers_do(server: VllmServer) -> None:
+    """A prompt of 600 tokens in two dense and four sparse layers, then four decode steps."""
+    plan = server.plan()
+    assert plan is not None
+    layers = {"dense": len(plan.dense_layers), "sparse": len(plan.sparse_layers)}
+    names = ["decode_rows", "exact_rows", "context_tokens", "quantized_groups"]
+    names += ["host_written_bytes", "derived_read_bytes", "derived_written_bytes"]
+
+    def read() -> dict[tuple[str, str], float]:
+        return {
+            (name, kind): sample(server, f"tailorkv_{name}_total", layers=kind)
+            for name in names
+            for kind in layers
+        } | {("selected", "sparse"): metric(server, "tailorkv_selected_tokens_total")}
+
+    before = read()
+    reply = httpx.post(
+        f"{server.url}/v1/completions",
+        json={
+            "model": "demo",
+            "prompt": [100 + i % 700 for i in range(600)],
+            "max_tokens": 5,
+            "ignore_eos": True,
+        },
+        timeout=120,
+    )
+    reply.raise_for_status()
+    moved = {name: value - before[name] for name, value in read().items()}
+    contexts = range(601, 605)
+    for kind, count in layers.items():
+        assert moved["decode_rows", kind] == 4 * count
+        assert moved["exact_rows", kind] == 600 * count
+        assert moved["context_tokens", kind] == sum(contexts) * count
+    assert moved["quantized_groups", "dense"] == 600 // 64 * layers["dense"]
+    assert moved["quantized_groups", "sparse"] == 600 // 128 * layers["sparse"]
+    # Of the 512 tokens in whole groups, 8 are sinks: there is more between than is taken.
+    assert moved["selected", "sparse"] == 4 * 448 * layers["sparse"]
+    for kind, parts in (("dense", 2), ("sparse", 3)):
+        row = plan.num_kv_heads * plan.head_size * 2
+        assert moved["host_written_bytes", kind] == 604 * parts * row * layers[kind]
+    # A record of 64 tokens, or of 128 of which K alone has codes, at 2 and 1 bits.
+    head = plan.head_size
+    values = 64 * -(-head * 2 // 8) + 64 * -(-head // 64) * 4
+    dense = plan.num_kv_heads * (head * (64 * 2 // 8 + 4) + values)
+    sparse = plan.num_kv_heads * head * (128 // 8 + 4)
+    coded = sum((context - 128) // 64 for context in contexts)
+    assert moved["derived_read_bytes", "dense"] == coded * dense * layers["dense"]
+    assert moved["derived_read_bytes", "sparse"] == 4 * 4 * sparse * layers["sparse"]
+    assert moved["derived_written_bytes", "dense"] == 9 * dense * layers["dense"]
+    assert moved["derived_written_bytes", "sparse"] == 4 * sparse * layers["sparse"]
+
+
+def test_the_metrics_tell_the_use_of_the_tiers(server: VllmServer) -> None:
+    plan = server.plan()
+    assert plan is not None
+    for tier in ("host", "derived"):
+        assert sample(server, "tailorkv_cache_blocks", tier=tier) == plan.num_blocks - 1
+        assert sample(server, "tailorkv_cache_blocks_used", tier=tier) == 0
+
+
 def test_an_aborted_stream_gives_its_blocks_back(server: VllmServer) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
     stream = client.completions.create(
@@ -83,6 +153,7 @@ def test_an_aborted_stream_gives_its_blocks_back(server: VllmServer) -> None:
     for count, _ in enumerate(stream):
         if count == 3:
             assert metric(server, "vllm:kv_cache_usage_perc") > 0
+            assert metric(server, "tailorkv_cache_blocks_used") > 0
             stream.close()
             break
     deadline = time.monotonic() + 30
@@ -90,6 +161,7 @@ def test_an_aborted_stream_gives_its_blocks_back(server: VllmServer) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert metric(server, "vllm:num_requests_running") == 0
+    assert metric(server, "tailorkv_cache_blocks_used") == 0
 
 
 def run_bench(*arguments: str) -> str:

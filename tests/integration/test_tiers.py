@@ -24,6 +24,44 @@ def test_batch_of_one(tailored: Any, case: LongCase) -> None:
     assert greedy(tailored, case.prompts[-1:], 80) == case.tokens[-1:]
 
 
+def test_the_guard_changes_no_token(
+    tailored: Any, case: LongCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_tailorkv.attention.guard import Guard
+
+    seen = []
+    saw = Guard.saw
+
+    def note(guard: Guard, layer_name: str, error: float, lost: float | None) -> None:
+        seen.append((guard.kind, error))
+        saw(guard, layer_name, error, lost)
+
+    monkeypatch.setattr(Guard, "saw", note)
+    builders = metadata_builders(tailored)
+    for builder in builders:
+        config = builder.batch.config.model_copy(update={"guard_share": 0.25})
+        builder.guard = Guard(builder.kv_cache_spec.layout, config, builder.layer_names)
+    try:
+        assert greedy(tailored, case.prompts, 80) == case.tokens
+    finally:
+        for builder in builders:
+            builder.guard = None
+    assert {kind for kind, _ in seen} == {"dense", "sparse"}
+    assert all(0 < error < 1 for _, error in seen)
+
+
+def metadata_builders(llm: Any) -> list[Any]:
+    """What builds the metadata of its batches."""
+    found: list[Any] = []
+
+    def collect(worker: Any) -> None:
+        for groups in worker.model_runner.attn_groups:
+            found.extend(group.get_metadata_builder() for group in groups)
+
+    llm.collective_rpc(collect)
+    return found
+
+
 def test_derived_tier_follows_the_host_tier(tailored: Any) -> None:
     from vllm_tailorkv.kernels import ops
     from vllm_tailorkv.kernels.types import ChannelIndex

@@ -37,6 +37,8 @@ DEFAULTS = {
     "placement": "auto",
     "key_rows": True,
     "host_pool_gib": None,
+    "guard_share": 0.0,
+    "guard_bound": 0.5,
 }
 
 
@@ -69,6 +71,9 @@ ACCEPTED: list[dict[str, Any]] = [
     {"placement": "split"},
     {"placement": "split", "host_pool_gib": 0.5},
     {"profile": "profile.json"},
+    {"guard_share": 0.01},
+    {"guard_share": 1},
+    {"guard_bound": 2.5},
 ]
 
 
@@ -156,6 +161,10 @@ REFUSED: list[tuple[Any, list[str]]] = [
         ["host_pool_gib", 'placement="split"', '"joint"'],
     ),
     ({"host_pool_gib": 0, "placement": "split"}, ["host_pool_gib", "greater than 0"]),
+    ({"guard_share": 1.5}, ["guard_share", "less than or equal to 1"]),
+    ({"guard_share": -0.1}, ["guard_share", "greater than or equal to 0"]),
+    ({"guard_share": "often"}, ["guard_share", "number"]),
+    ({"guard_bound": 0}, ["guard_bound", "greater than 0"]),
     ({"host_pool_gib": "big", "placement": "split"}, ["host_pool_gib", "number"]),
     (
         {"critical_channels": 8, "index": "onebit"},

@@ -91,6 +91,12 @@ def test_placements_by_device() -> None:
     assert make_plan({"host_pool_gib": 4}, MODEL, device="cuda").host_pool == 4 << 30
 
 
+def test_a_guard_is_for_cpus() -> None:
+    assert make_plan({"guard_share": 0.5}, MODEL).config.guard_share == 0.5
+    with pytest.raises(TailorKVError, match=r"guard_share=0\.5 is for CPUs.*leave it out"):
+        make_plan({"guard_share": 0.5}, MODEL, device="cuda", host_memory=1 << 30)
+
+
 def config_with(additional: Any, monkeypatch: pytest.MonkeyPatch, model: ModelShape = MODEL) -> Any:
     monkeypatch.setattr(carried, "model_shape", lambda _: model)
     device = SimpleNamespace(device_type="cpu")

@@ -14,8 +14,10 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_tailorkv.attention.carried import plan_of
+from vllm_tailorkv.attention.counting import StepCounter
 from vllm_tailorkv.attention.cpu_batch import CpuBatch
 from vllm_tailorkv.attention.gpu_batch import GpuBatch
+from vllm_tailorkv.attention.guard import Guard
 from vllm_tailorkv.attention.impl import TailorKVImpl
 from vllm_tailorkv.attention.metadata import TailorKVMetadata
 from vllm_tailorkv.attention.spec import TailorKVSpec
@@ -73,6 +75,17 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
             self.batch = GpuBatch(kv_cache_spec, plan.config, vllm_config, device, impl.staging)
         else:
             self.batch = CpuBatch(kv_cache_spec, plan.config, num_heads)
+        parallel = vllm_config.parallel_config
+        self.counter = StepCounter(
+            kv_cache_spec.layout,
+            plan.config,
+            len(layer_names),
+            on_gpu=plan.on_gpu,
+            first_rank=parallel.rank % parallel.tensor_parallel_size == 0,
+        )
+        self.guard: Guard | None = None
+        if plan.config.guard_share > 0:
+            self.guard = Guard(kv_cache_spec.layout, plan.config, layer_names)
 
     def build(
         self,
@@ -83,4 +96,8 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
         """See `AttentionMetadataBuilder.build`."""
         if common_attn_metadata.causal is not True:
             raise TailorKVError("--attention-backend tailorkv serves causal attention only")
-        return self.batch.build(common_attn_metadata)
+        metadata = self.batch.build(common_attn_metadata)
+        self.counter.count(common_attn_metadata)
+        if self.guard is not None:
+            metadata.guard = self.guard.next(metadata.decode)
+        return metadata

@@ -87,6 +87,7 @@ class CpuBatch:
             num_actual_tokens=common.num_actual_tokens,
             slot_mapping=common.slot_mapping,
             groups=groups[groups >= 0],
+            single_tokens=False,
             exact=self._exact_rows(common, ~mask),
             decode=self._decode_rows(common, mask),
             workspace=self.workspace,

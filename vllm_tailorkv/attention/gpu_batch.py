@@ -52,6 +52,7 @@ class GpuBatch:
             num_actual_tokens=common.num_actual_tokens,
             slot_mapping=common.slot_mapping,
             groups=self._completed(common, starts, first, last),
+            single_tokens=last - first == common.num_reqs,
             exact=self._exact_rows(common, starts, first, last),
             decode=self._decode_rows(common, starts, first, last),
             workspace=self.workspace,

@@ -85,6 +85,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             self.staging = Staging(varlen, self.num_kv_heads, head_size, dtype, vllm_config)
         self.spec: TailorKVSpec | None = None
         self.pages: Pages | None = None
+        self.layer_name = ""
         self.selector: Selector = retrieve
         self.observer: Callable[[torch.Tensor, TailorKVMetadata], None] | None = None
         """Called with every step's queries [T, H, d] and metadata, its K and V written."""
@@ -107,6 +108,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
                 f"--attention-backend tailorkv: the cache of {layer_name} is of a kind that is "
                 f"not supported; {OTHER_BACKEND}"
             )
+        self.layer_name = layer_name
         layout, dtype = self.spec.layout, self.spec.dtype
         raw = kv_cache.flatten(1).view(torch.uint8)
         if reason := advise_huge_pages(raw):
@@ -164,11 +166,14 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             self.scale,
             self.softcap,
         )
-        slots = attn_metadata.slot_mapping
-        ops.write_kv(step.key, step.value, host.key, host.value, slots, host.key_rows)
-        if len(attn_metadata.groups):
-            groups, fit = attn_metadata.groups, self.config.fit_codes
-            ops.quantize_groups(groups, host.key, host.value, derived, fit)
+        written = (step.key, step.value, host.key, host.value, attn_metadata.slot_mapping)
+        groups, fit = attn_metadata.groups, self.config.fit_codes
+        if attn_metadata.single_tokens:
+            ops.append_tokens(*written, groups, derived, fit)
+        else:
+            ops.write_kv(*written, host.key_rows)
+            if len(groups):
+                ops.quantize_groups(groups, host.key, host.value, derived, fit)
         if attn_metadata.exact is not None:
             attn_metadata.exact.attend(step)
         if attn_metadata.decode is not None:
@@ -202,5 +207,8 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
                 attend_retrieved(result, query, layer, rows)
             else:
                 attend_selected(result, query, self.selector(query, layer, rows), layer, rows)
+        if metadata.guard is not None:
+            layer = Layer(self.pages, self.config, self.scale, self.softcap, metadata.workspace)
+            metadata.guard.look(self.layer_name, layer, query, result, rows, self.selector)
         if not in_place:
             step.output[rows.tokens] = result

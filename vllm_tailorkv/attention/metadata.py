@@ -1,13 +1,16 @@
 """What layers are told of a batch, once a step for all layers of one spec."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from vllm.v1.attention.backend import AttentionMetadata
 
 from vllm_tailorkv.attention.workspace import Workspace
 from vllm_tailorkv.cache.views import HostPages
+
+if TYPE_CHECKING:
+    from vllm_tailorkv.attention.guard import GuardedRow
 
 
 class Step(NamedTuple):
@@ -60,11 +63,15 @@ class TailorKVMetadata(AttentionMetadata):
     num_actual_tokens: query tokens, padding excluded.
     slot_mapping: int64 [>= num_actual_tokens].
     groups: int64 [N], the groups that this step completes; negative ones are none.
+    single_tokens: whether every row has one token, and `groups` an entry for each.
+    guard: the decode row that is attended exactly as well, in a step where one is.
     """
 
     num_actual_tokens: int
     slot_mapping: torch.Tensor
     groups: torch.Tensor
+    single_tokens: bool
     exact: ExactRows | None
     decode: DecodeRows | None
     workspace: Workspace
+    guard: "GuardedRow | None" = None

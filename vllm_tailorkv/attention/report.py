@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_tailorkv.attention.limits import pool_name
+from vllm_tailorkv.attention.meters import publish
 from vllm_tailorkv.attention.name import LOGGER
 from vllm_tailorkv.cache.sizing import CacheSizing
 from vllm_tailorkv.layout import GIB
@@ -58,7 +59,7 @@ def _listed(layers: tuple[int, ...]) -> str:
 
 
 def tell_plan(plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int]) -> None:
-    """Log the plan and set the metric.
+    """Log the plan, set the metric, and make room for those of other processes.
 
     Args:
         sizing: of every worker, if that is known: bytes of a token in all its layers.
@@ -110,6 +111,7 @@ def tell_plan(plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int]) -
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # where labels cannot be cleared
         gauge.clear()
     gauge.labels(**values).set(1)
+    publish()
 
 
 def tell_sizes(vllm_config: VllmConfig, sizing: CacheSizing, num_blocks: int) -> None:

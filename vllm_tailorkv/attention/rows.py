@@ -1,17 +1,17 @@
 """Which rows of a batch are attended exactly, which by the tailored ops, and where."""
 
+from typing import Any, TypeVar
+
+import numpy.typing as npt
 import torch
 
 from vllm_tailorkv.config import TailorKVConfig
 from vllm_tailorkv.layout import DerivedKind
 
+T = TypeVar("T", torch.Tensor, npt.NDArray[Any])
 
-def decode_mask(
-    query_lens: torch.Tensor,
-    seq_lens: torch.Tensor,
-    is_prefilling: torch.Tensor | None,
-    exact_below: int,
-) -> torch.Tensor:
+
+def decode_mask(query_lens: T, seq_lens: T, is_prefilling: T | None, exact_below: int) -> T:
     """The requests that the tailored ops serve: bool [num_reqs].
 
     One query token, more than `exact_below` tokens in context, and no part of a prompt: a
@@ -22,13 +22,11 @@ def decode_mask(
         query_lens, seq_lens: int [num_reqs].
         is_prefilling: bool [num_reqs], or None if unknown (no prompt is in the batch).
     """
-    mask = (query_lens == 1) & (seq_lens > exact_below)
+    mask: T = (query_lens == 1) & (seq_lens > exact_below)
     return mask if is_prefilling is None else mask & ~is_prefilling
 
 
-def tail_starts(
-    seq_lens: torch.Tensor, kind: DerivedKind, group_size: int, config: TailorKVConfig
-) -> torch.Tensor:
+def tail_starts(seq_lens: T, kind: DerivedKind, group_size: int, config: TailorKVConfig) -> T:
     """Where the exact tail of each row starts: int32 [R].
 
     All that lies before it is in complete groups. A dense layer reads codes there, a sparse layer
@@ -39,12 +37,13 @@ def tail_starts(
         kind: what the layer keeps in its derived pages.
         group_size: tokens of a group.
     """
-    complete = seq_lens // group_size * group_size
     if kind is DerivedKind.DENSE:
-        coded = (seq_lens - config.residual_tokens).clamp(min=0)
+        coded: T = (seq_lens - config.residual_tokens).clip(min=0)
         return coded // group_size * group_size
+    complete: T = seq_lens // group_size * group_size
     # Tokens of the group in progress are not in the index: the tail covers them.
-    return torch.minimum(seq_lens - config.recent_tokens, complete)
+    beyond: T = (complete - (seq_lens - config.recent_tokens)).clip(min=0)
+    return complete - beyond
 
 
 def completed_groups(slot_mapping: torch.Tensor, group_size: int) -> torch.Tensor:
