@@ -195,17 +195,14 @@ class Parts(NamedTuple):
     """What the programs of one call leave to the last one of each row and KV head.
 
     sums float32 [R, H, parts, d]; best, totals float32 [R, H, parts]; counters int32 [>= R * Hk].
+    merged: how many that program reads at a time; 0 if they are left for `merge`.
     """
 
     sums: torch.Tensor
     best: torch.Tensor
     totals: torch.Tensor
     counters: torch.Tensor
-
-    @property
-    def merged(self) -> int:
-        """How many the last program merges at a time; 0 if they are left for `merge`."""
-        return _MERGED if self.best.shape[2] <= _MOST_MERGED else 0
+    merged: int
 
 
 def allocate_parts(query: torch.Tensor, heads: int, parts: int) -> Parts:
@@ -218,6 +215,8 @@ def allocate_parts(query: torch.Tensor, heads: int, parts: int) -> Parts:
         torch.empty(shape, dtype=dtype, device=device),
         torch.empty(shape, dtype=dtype, device=device),
         counters(device, rows * heads),
+        # Attention in float32 needs the registers itself.
+        _MERGED if parts <= _MOST_MERGED and query.itemsize == 2 else 0,
     )
 
 

@@ -419,7 +419,7 @@ def quantized_decode_attention(
     results = allocate_parts(query, heads, parts)
     _attend_codes[(parts, heads, rows)](
         output,
-        *results,
+        *results[:4],
         query,
         key_cache,
         *key_cache.stride(),

@@ -147,7 +147,7 @@ def sparse_decode_attention(
     results = allocate_parts(query, heads, parts)
     _attend_gathered[(parts, heads, rows)](
         output,
-        *results,
+        *results[:4],
         query,
         key_cache,
         *key_cache.stride(),

@@ -93,9 +93,9 @@ def test_equals_reference(
 
 def test_merged_by_the_last_program_or_by_another_launch(monkeypatch, placed, build_context):
     """Many programs share a row of a small batch: another launch merges what they left."""
-    context = build_context([900, 0, 60], kind=DerivedKind.ONEBIT, dtype=torch.float32)
+    context = build_context([900, 0, 60], kind=DerivedKind.ONEBIT, dtype=torch.bfloat16)
     tail_start = torch.tensor([844, 0, 8], dtype=torch.int32)
-    query, indices = torch.randn(3, 6, 64), choose(tail_start, 2, 40)
+    query, indices = torch.randn(3, 6, 64).to(torch.bfloat16), choose(tail_start, 2, 40)
     outputs = []
     for most in (0, 1000):
         monkeypatch.setattr(attend, "_MOST_MERGED", most)
