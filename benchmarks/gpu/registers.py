@@ -31,6 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from vllm_tailorkv.cache.views import derived_pages, host_pages
 from vllm_tailorkv.kernels import triton as kernels
+from vllm_tailorkv.kernels.triton import attend
 from vllm_tailorkv.kernels.types import DenseCodes
 from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
 
@@ -192,6 +193,8 @@ def calls(case: Case) -> Iterator[Callable[[], Any]]:
         yield partial(kernels.append_tokens, *appended)
         if isinstance(derived, DenseCodes):
             yield partial(kernels.write_kv, tokens, tokens, *host[:2], groups)
+            parts = attend.allocate_parts(query, heads, 64)  # more than the last program merges
+            yield partial(attend.merge, query, parts)
             attention = (torch.empty_like(query), query, *host[:2], derived, table, lengths)
             yield partial(kernels.quantized_decode_attention, *attention, lengths, 0.1, 0.0)
             prompt = query.new_zeros(64, heads, case.head_size)

@@ -1,8 +1,8 @@
 """Device functions of attention: products, scores, a tile of exact rows, and the merge.
 
 Each program leaves the softmax of its own tokens: the largest score, the sum of the powers
-and the weighted sum of values; the last one to come merges them. Scores are kept in base 2. A part
-without tokens has a largest score of minus infinity and counts for nothing.
+and the weighted sum of values; the last one to come may merge them. Scores are kept in base 2. A
+part without tokens has a largest score of minus infinity and counts for nothing.
 """
 
 import math
@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 
 from vllm_tailorkv import envs
-from vllm_tailorkv.kernels.triton.launch import counters
+from vllm_tailorkv.kernels.triton.launch import counters, is_last
 
 _INTERPRETED = tl.constexpr(envs.triton_interpreted())
-MERGED = 32
-"""Parts that are read at a time: the last program does it alone, and waits for memory."""
+_MERGED = 16
+"""Parts that are read at a time."""
+_MOST_MERGED = 48
+"""Parts that the last program merges: alone it would read more for longer than a launch takes."""
 
 
 @triton.jit
@@ -117,11 +119,64 @@ def attend_token_rows(
 
 
 @triton.jit
-def merge_parts(
+def _merge_head(
     output,  # [R, H, d]
     sums,  # float32 [R, H, parts, d]
     best,  # float32 [R, H, parts]
     totals,  # float32 [R, H, parts]
+    at,
+    parts,
+    HEAD_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """The attention of one row and query head, from what all programs left."""
+    channels = tl.arange(0, CHANNELS)
+    kept = channels < HEAD_SIZE
+    highest = -float("inf")
+    total = 0.0
+    merged = tl.zeros([CHANNELS], tl.float32)
+    for start in range(0, parts, PARTS):
+        numbers = at * parts + start + tl.arange(0, PARTS)
+        there = start + tl.arange(0, PARTS) < parts
+        scores = tl.load(best + numbers, there, -float("inf"), cache_modifier=".cg")
+        powers = tl.load(totals + numbers, there, 0.0, cache_modifier=".cg")
+        rows = sums + numbers[:, None] * HEAD_SIZE + channels[None, :]
+        rows = tl.load(rows, there[:, None] & kept[None, :], 0.0, cache_modifier=".cg")
+        larger = tl.maximum(highest, tl.max(scores, 0))
+        shrink = tl.exp2(highest - finite(larger))
+        weights = tl.exp2(scores - finite(larger))
+        total = total * shrink + tl.sum(weights * powers, 0)
+        merged = merged * shrink + tl.sum(weights[:, None] * rows, 0)
+        highest = larger
+    # A row without tokens is padding: 0.
+    merged = merged / tl.where(total == 0.0, 1.0, total)
+    tl.store(output + at * HEAD_SIZE + channels, merged.to(output.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _merge_parts(
+    output,
+    sums,
+    best,
+    totals,
+    parts,
+    HEAD_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One row and query head, see `_merge_head`; grid (H, R)."""
+    at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    _merge_head(output, sums, best, totals, at, parts, HEAD_SIZE, CHANNELS, PARTS)
+
+
+@triton.jit
+def merge_if_last(
+    output,
+    sums,
+    best,
+    totals,
+    counters,  # int32 [>= R * Hk], 0
     row_head,
     parts,
     HEAD_SIZE: tl.constexpr,
@@ -129,42 +184,25 @@ def merge_parts(
     PER_HEAD: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """The attention of the query heads of one row and KV head, from what all programs left."""
-    channels = tl.arange(0, CHANNELS)
-    kept = channels < HEAD_SIZE
-    for at in range(row_head * PER_HEAD, (row_head + 1) * PER_HEAD):
-        highest = -float("inf")
-        total = 0.0
-        merged = tl.zeros([CHANNELS], tl.float32)
-        for start in range(0, parts, PARTS):
-            numbers = at * parts + start + tl.arange(0, PARTS)
-            there = start + tl.arange(0, PARTS) < parts
-            scores = tl.load(best + numbers, there, -float("inf"), cache_modifier=".cg")
-            powers = tl.load(totals + numbers, there, 0.0, cache_modifier=".cg")
-            rows = sums + numbers[:, None] * HEAD_SIZE + channels[None, :]
-            rows = tl.load(rows, there[:, None] & kept[None, :], 0.0, cache_modifier=".cg")
-            larger = tl.maximum(highest, tl.max(scores, 0))
-            shrink = tl.exp2(highest - finite(larger))
-            weights = tl.exp2(scores - finite(larger))
-            total = total * shrink + tl.sum(weights * powers, 0)
-            merged = merged * shrink + tl.sum(weights[:, None] * rows, 0)
-            highest = larger
-        # A row without tokens is padding: 0.
-        merged = merged / tl.where(total == 0.0, 1.0, total)
-        to = output + at * HEAD_SIZE + channels
-        tl.store(to, merged.to(output.dtype.element_ty), mask=kept)
+    """The query heads of one row and KV head, by its last program; nothing if PARTS is 0."""
+    if PARTS > 0:  # noqa: SIM102 - Triton evaluates both sides of `and`
+        if is_last(counters + row_head, parts):
+            for at in range(row_head * PER_HEAD, (row_head + 1) * PER_HEAD):
+                _merge_head(output, sums, best, totals, at, parts, HEAD_SIZE, CHANNELS, PARTS)
 
 
 class Parts(NamedTuple):
     """What the programs of one call leave to the last one of each row and KV head.
 
     sums float32 [R, H, parts, d]; best, totals float32 [R, H, parts]; counters int32 [>= R * Hk].
+    merged: how many that program reads at a time; 0 if they are left for `merge`.
     """
 
     sums: torch.Tensor
     best: torch.Tensor
     totals: torch.Tensor
     counters: torch.Tensor
+    merged: int
 
 
 def allocate_parts(query: torch.Tensor, heads: int, parts: int) -> Parts:
@@ -177,6 +215,23 @@ def allocate_parts(query: torch.Tensor, heads: int, parts: int) -> Parts:
         torch.empty(shape, dtype=dtype, device=device),
         torch.empty(shape, dtype=dtype, device=device),
         counters(device, rows * heads),
+        # Attention in float32 needs the registers itself.
+        _MERGED if parts <= _MOST_MERGED and query.itemsize == 2 else 0,
+    )
+
+
+def merge(output: torch.Tensor, parts: Parts) -> None:
+    """Write the attention [R, H, d] that the parts sum up to, where no program has done so."""
+    if parts.merged:
+        return
+    rows, heads, head_size = output.shape
+    _merge_parts[(heads, rows)](
+        output,
+        *parts[:3],
+        parts.best.shape[2],
+        HEAD_SIZE=head_size,
+        CHANNELS=triton.next_power_of_2(head_size),
+        PARTS=_MERGED,
     )
 
 

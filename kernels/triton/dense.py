@@ -5,13 +5,13 @@ import triton
 import triton.language as tl
 
 from vllm_tailorkv.kernels.triton.attend import (
-    MERGED,
     allocate_parts,
     attend_token_rows,
     cap_scores,
     dot,
     load_queries,
-    merge_parts,
+    merge,
+    merge_if_last,
     score_factors,
 )
 from vllm_tailorkv.kernels.triton.codes import (
@@ -21,7 +21,7 @@ from vllm_tailorkv.kernels.triton.codes import (
     join_rows,
     split_rows,
 )
-from vllm_tailorkv.kernels.triton.launch import as_words, is_last, split_count
+from vllm_tailorkv.kernels.triton.launch import as_words, split_count
 from vllm_tailorkv.kernels.types import DenseCodes, GroupCodes
 
 _TAIL_PARTS = 4
@@ -258,7 +258,7 @@ def _attend_codes(
     MERGED: tl.constexpr,
 ):
     """One row and KV head: the first TAIL_PARTS programs read the exact tail, the others a
-    run of groups each; the last program merges all. Grid (parts, Hk, R).
+    run of groups each; the last program may merge all. Grid (parts, Hk, R).
     """
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     parts, part = tl.num_programs(0), tl.program_id(0)
@@ -359,10 +359,19 @@ def _attend_codes(
         channel = numbers[:, None, None] * GROUP + order[None, None, :]
         mask = real[None, :, None] & (channel < HEAD_SIZE)
         tl.store(sums + at[None, :, None] * HEAD_SIZE + channel, summed, mask=mask)
-    if is_last(counters + row_head, parts):
-        merge_parts(
-            output, sums, best, totals, row_head, parts, HEAD_SIZE, CHANNELS, PER_HEAD, MERGED
-        )
+    merge_if_last(
+        output,
+        sums,
+        best,
+        totals,
+        counters,
+        row_head,
+        parts,
+        HEAD_SIZE,
+        CHANNELS,
+        PER_HEAD,
+        MERGED,
+    )
 
 
 def _arguments(codes: GroupCodes, words: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
@@ -410,7 +419,7 @@ def quantized_decode_attention(
     results = allocate_parts(query, heads, parts)
     _attend_codes[(parts, heads, rows)](
         output,
-        *results,
+        *results[:4],
         query,
         key_cache,
         *key_cache.stride(),
@@ -438,6 +447,7 @@ def quantized_decode_attention(
         TAIL_ROWS=max(16, triton.next_power_of_2(per_head)),
         TAIL_PARTS=_TAIL_PARTS,
         TAIL_TOKENS=_TAIL_TOKENS,
-        MERGED=MERGED,
+        MERGED=results.merged,
         num_warps=_num_warps(elements, bits),
     )
+    merge(output, results)

@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 
 from vllm_tailorkv.kernels.triton.attend import (
-    MERGED,
     allocate_parts,
     attend_token_rows,
     load_queries,
-    merge_parts,
+    merge,
+    merge_if_last,
     score_factors,
 )
-from vllm_tailorkv.kernels.triton.launch import is_last, split_count
+from vllm_tailorkv.kernels.triton.launch import split_count
 
 _BLOCK_TOKENS = 16
 _TAIL_TOKENS = 128
@@ -56,7 +56,7 @@ def _attend_gathered(
     MERGED: tl.constexpr,
 ):
     """Every so many runs of TOKENS of the tokens of one row and KV head, listed one after
-    the other: sinks, selected, tail. The last program merges all. Grid (parts, Hk, R).
+    the other: sinks, selected, tail. The last program may merge all. Grid (parts, Hk, R).
     """
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     parts, part = tl.num_programs(0), tl.program_id(0)
@@ -109,10 +109,19 @@ def _attend_gathered(
     tl.store(totals + at, total, mask=real)
     mask = real[:, None] & (channels < HEAD_SIZE)[None, :]
     tl.store(sums + at[:, None] * HEAD_SIZE + channels[None, :], summed, mask=mask)
-    if is_last(counters + row_head, parts):
-        merge_parts(
-            output, sums, best, totals, row_head, parts, HEAD_SIZE, CHANNELS, PER_HEAD, MERGED
-        )
+    merge_if_last(
+        output,
+        sums,
+        best,
+        totals,
+        counters,
+        row_head,
+        parts,
+        HEAD_SIZE,
+        CHANNELS,
+        PER_HEAD,
+        MERGED,
+    )
 
 
 def sparse_decode_attention(
@@ -138,7 +147,7 @@ def sparse_decode_attention(
     results = allocate_parts(query, heads, parts)
     _attend_gathered[(parts, heads, rows)](
         output,
-        *results,
+        *results[:4],
         query,
         key_cache,
         *key_cache.stride(),
@@ -158,6 +167,7 @@ def sparse_decode_attention(
         PER_HEAD=num_heads // heads,
         ROWS=max(16, triton.next_power_of_2(num_heads // heads)),
         TOKENS=_BLOCK_TOKENS,
-        MERGED=MERGED,
+        MERGED=results.merged,
         num_warps=2,
     )
+    merge(output, results)

@@ -6,6 +6,7 @@ from torch._subclasses import FakeTensorMode
 
 from vllm_tailorkv.kernels import composed, dispatch, ops, plain
 from vllm_tailorkv.kernels import triton as triton_module
+from vllm_tailorkv.kernels.triton import launch
 from vllm_tailorkv.layout import DerivedKind, KeyLayout
 
 LENGTHS = [300, 1, 1000, 513]
@@ -103,6 +104,8 @@ def test_triton_equals_its_steps(
         expected = found(steps.retrieve_topk, len(LENGTHS), heads, k, arguments)
         monkeypatch.setattr(composed, "SCORES_BYTES", 3 * heads * arguments[-1] * 4)
         indices = found(at_once.retrieve_topk, len(LENGTHS), heads, k, arguments)
+        # The next launches start from them.
+        assert not any(counters.any() for counters in launch._counters.values())
         if every_head or group == 1:
             assert torch.equal(indices, expected)
             continue

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vllm_tailorkv.kernels import ops, reference
+from vllm_tailorkv.kernels import ops, reference, triton
+from vllm_tailorkv.kernels.triton import attend
 from vllm_tailorkv.layout import DerivedKind, KeyLayout
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -88,6 +89,22 @@ def test_equals_reference(
     expected = run(reference.sparse_decode_attention, context, query, indices, tail_start, softcap)
     actual = run(fast.sparse_decode_attention, context, query, indices, tail_start, softcap)
     assert error_of(actual, expected) < TOLERANCE[dtype]
+
+
+def test_merged_by_the_last_program_or_by_another_launch(monkeypatch, placed, build_context):
+    """Many programs share a row of a small batch: another launch merges what they left."""
+    context = build_context([900, 0, 60], kind=DerivedKind.ONEBIT, dtype=torch.bfloat16)
+    tail_start = torch.tensor([844, 0, 8], dtype=torch.int32)
+    query, indices = torch.randn(3, 6, 64).to(torch.bfloat16), choose(tail_start, 2, 40)
+    outputs = []
+    for most in (0, 1000):
+        monkeypatch.setattr(attend, "_MOST_MERGED", most)
+        outputs.append(
+            run(placed(triton).sparse_decode_attention, context, query, indices, tail_start)
+        )
+    assert torch.equal(*outputs)
+    assert (outputs[0][1] == 0).all()
+    assert not outputs[0].isnan().any()
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
