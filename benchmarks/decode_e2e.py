@@ -36,20 +36,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from speed.command import (
-    Lines,
-    add_output,
-    json_object,
-    numbers,
-    parser,
-    positive,
-    progress,
-    refuse,
-)
+from speed.command import Lines, add_output, numbers, parser, positive, progress, refuse
 from speed.job import CHUNK, Job
 from speed.machine import free_bytes
 from speed.models import MODELS, Model
 from speed.plot import lines_of, save_plot
+
+from vllm_tailorkv.arguments import json_object
 
 _EXAMPLES = """\
   python benchmarks/decode_e2e.py --context 8192

@@ -63,9 +63,10 @@ from soak.checks import Limits
 from soak.phases import PHASES, Load
 from soak.prompts import CHUNK, MAX_MODEL_LEN, Prompts
 from soak.run import ENDINGS, Soak
-from speed.command import Lines, json_object, parser, positive, progress, refuse
+from speed.command import Lines, parser, positive, progress, refuse
 from transformers.utils.logging import disable_progress_bar
 
+from vllm_tailorkv.arguments import json_object
 from vllm_tailorkv.config import load_config
 from vllm_tailorkv.demo.server import MODEL_NAME, ServerError, ServerOptions
 from vllm_tailorkv.errors import TailorKVError

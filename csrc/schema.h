@@ -32,6 +32,10 @@ inline constexpr const char* kSchemas[] = {
     "Tensor tail_start, int sink_tokens, float scale, float softcap) -> ()",
     "stage_rows(Tensor(a!) key_rows, Tensor(b!) value_rows, Tensor key_cache, Tensor value_cache, "
     "Tensor block_table, Tensor context_start, int first_token, int max_tokens) -> ()",
+    "retrieve_attention(Tensor(a!) output, Tensor query, Tensor[] index, Tensor key_cache, "
+    "Tensor gathered_key, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
+    "Tensor tail_start, int sink_tokens, int critical_channels, int topk, int candidates, "
+    "int channels, bool every_head, float scale, float softcap, int max_tail_start) -> ()",
     "dense_preference(Tensor query, Tensor key, float alpha, float scale, float softcap) "
     "-> Tensor",
     "gather_rows(Tensor(a!) key_rows, Tensor(b!) value_rows, Tensor key_cache, "

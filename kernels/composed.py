@@ -3,6 +3,8 @@
 Nothing waits for the device and shapes follow from shapes, so that a CUDA graph can capture them.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from vllm_tailorkv.kernels import ops
@@ -15,6 +17,16 @@ SCORES_BYTES = 256 << 20
 def unavailable() -> str | None:
     """None: it runs wherever the ops do that it is made of."""
     return None
+
+
+def turns(
+    rows: int, heads: int, length: int, device: torch.device
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows that are scored together, in turn, and where: float32 [rows, heads, length]."""
+    step = max(1, min(rows, SCORES_BYTES // max(1, 4 * heads * length)))
+    scores = torch.empty(step, heads, length, dtype=torch.float32, device=device)
+    for first in range(0, rows, step):
+        yield slice(first, first + step), scores[: rows - first]
 
 
 def propose_topk(
@@ -31,13 +43,9 @@ def propose_topk(
 ) -> None:
     """See `ops.propose_topk`."""
     rows, heads = query.shape[:2]
-    step = max(1, min(rows, SCORES_BYTES // max(1, 4 * heads * max_tail_start)))
-    scores = torch.empty(step, heads, max_tail_start, dtype=torch.float32, device=query.device)
-    for first in range(0, rows, step):
-        part = slice(first, first + step)
-        of_part = scores[: rows - first]
+    for part, scores in turns(rows, heads, max_tail_start, query.device):
         ops.score_tokens(
-            of_part,
+            scores,
             query[part],
             index,
             key_cache,
@@ -47,7 +55,7 @@ def propose_topk(
             sink_tokens=sink_tokens,
             critical_channels=critical_channels,
         )
-        ops.select_topk(indices[part], of_part, tail_start[part], sink_tokens=sink_tokens)
+        ops.select_topk(indices[part], scores, tail_start[part], sink_tokens=sink_tokens)
 
 
 def retrieve_topk(
@@ -70,6 +78,7 @@ def retrieve_topk(
 ) -> None:
     """See `ops.retrieve_topk`."""
     rows, heads = query.shape[0], key_cache.shape[1]
+    candidates = max(indices.shape[2], min(candidates, max_tail_start))
     grouped = query.float().unflatten(1, (heads, -1))
     alone, reranked = grouped.shape[2] == 1, candidates > indices.shape[2]
     by_head = every_head and not alone
@@ -113,3 +122,59 @@ def retrieve_topk(
             scale=scale,
             softcap=softcap,
         )
+
+
+def retrieve_attention(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    index: TokenIndex,
+    key_cache: torch.Tensor,
+    gathered_key: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tail_start: torch.Tensor,
+    sink_tokens: int,
+    critical_channels: int,
+    topk: int,
+    candidates: int,
+    channels: int,
+    every_head: bool,
+    scale: float,
+    softcap: float,
+    max_tail_start: int,
+) -> None:
+    """See `ops.retrieve_attention`."""
+    shape = (len(query), key_cache.shape[1], min(topk, max_tail_start))
+    indices = query.new_empty(shape, dtype=torch.int32)
+    ops.retrieve_topk(
+        indices,
+        query,
+        index,
+        key_cache,
+        gathered_key,
+        block_table,
+        seq_lens,
+        tail_start,
+        sink_tokens=sink_tokens,
+        critical_channels=critical_channels,
+        candidates=candidates,
+        channels=channels,
+        every_head=every_head,
+        scale=scale,
+        softcap=softcap,
+        max_tail_start=max_tail_start,
+    )
+    ops.sparse_decode_attention(
+        output,
+        query,
+        gathered_key,
+        value_cache,
+        indices,
+        block_table,
+        seq_lens,
+        tail_start,
+        sink_tokens=sink_tokens,
+        scale=scale,
+        softcap=softcap,
+    )

@@ -30,6 +30,7 @@ OPS = (
     "retrieve_topk",
     "sparse_decode_attention",
     "stage_rows",
+    "retrieve_attention",
     "dense_preference",
 )
 

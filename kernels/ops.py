@@ -329,7 +329,7 @@ def retrieve_topk(
         key_cache, gathered_key: [NB, Hk, bs, d], the same K; candidates are read from the second.
         block_table: int32 [R, max_blocks].
         seq_lens, tail_start: int32 [R].
-        candidates: how many tokens are proposed, at least k.
+        candidates: how many tokens are proposed, at least k; all where there are fewer.
         channels, scale, softcap: as of `rerank_topk`.
         every_head: see above; the same to a KV head with one query head.
     """
@@ -428,6 +428,62 @@ def stage_rows(
         context_start,
         first_token,
         max_tokens,
+    )
+
+
+def retrieve_attention(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    index: TokenIndex,
+    key_cache: torch.Tensor,
+    gathered_key: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tail_start: torch.Tensor,
+    *,
+    sink_tokens: int,
+    critical_channels: int,
+    topk: int,
+    candidates: int,
+    channels: int,
+    every_head: bool,
+    scale: float,
+    max_tail_start: int,
+    softcap: float = 0.0,
+) -> None:
+    """A sparse layer's decode step: `sparse_decode_attention` to what `retrieve_topk` finds.
+
+    Args:
+        output, query: [R, H, d], the caches' dtype.
+        index, critical_channels, channels, every_head, max_tail_start: as of `retrieve_topk`.
+        key_cache, gathered_key, value_cache: [NB, Hk, bs, d]; the first two are the same K, and
+            single tokens are read from the second.
+        block_table: int32 [R, max_blocks].
+        seq_lens, tail_start: int32 [R], as of `sparse_decode_attention`.
+        sink_tokens, scale, softcap: as of `sparse_decode_attention`.
+        topk: how many middle tokens are attended to, all where there are fewer.
+        candidates: how many are proposed, at least `topk`.
+    """
+    implementation("retrieve_attention", key_cache)(
+        output,
+        query,
+        index,
+        key_cache,
+        gathered_key,
+        value_cache,
+        block_table,
+        seq_lens,
+        tail_start,
+        sink_tokens,
+        critical_channels,
+        topk,
+        candidates,
+        channels,
+        every_head,
+        scale,
+        softcap,
+        max_tail_start,
     )
 
 

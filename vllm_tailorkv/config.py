@@ -199,6 +199,13 @@ class TailorKVConfig(BaseModel):
             raise ValueError("must be true or false" if wants_one else "must not be a boolean")
         return value
 
+    @field_validator("profile")
+    @classmethod
+    def _refuse_an_empty_path(cls, value: str | DensePlan | None) -> str | DensePlan | None:
+        if value == "":  # which would be this folder
+            raise ValueError("must not be empty")
+        return value
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         if self.host_pool_gib is not None and self.placement == "joint":

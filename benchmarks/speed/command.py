@@ -35,17 +35,6 @@ def positive(text: str) -> int:
     return values[0]
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """Options as JSON."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return value
-
-
 def parser(doc: str, examples: str) -> argparse.ArgumentParser:
     """A parser whose help is a script's docstring and these examples."""
     return argparse.ArgumentParser(

@@ -101,6 +101,8 @@ def _checks(step: Step, theirs: dict[str, VllmStep]) -> dict[str, Any]:
     pages = step.sets[0]
     for op in step.ops().values():
         op(pages)
+    if step.case.layer == "sparse":
+        step.retrieve(pages)
     for baseline in theirs.values():
         baseline.run(0)
     batch = step.inputs.batch

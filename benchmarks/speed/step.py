@@ -1,6 +1,7 @@
-"""One decode step of one of our layers, op after op, as the engine runs them."""
+"""One decode step of one of our layers, as the engine runs it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -53,10 +54,7 @@ class Step:
         """The ops of one step by name, in order."""
         if self.case.layer == "dense":
             return {"quantized_decode_attention": self.attend_codes}
-        return {
-            "retrieve_topk": self.retrieve,
-            "sparse_decode_attention": self.attend_selected,
-        }
+        return {"retrieve_attention": self.attend_retrieved}
 
     def attend_codes(self, pages: PageSet) -> None:
         """The step of a dense layer."""
@@ -73,8 +71,25 @@ class Step:
             scale=self.inputs.scale,
         )
 
+    def attend_retrieved(self, pages: PageSet) -> None:
+        """The step of a sparse layer."""
+        assert isinstance(pages.derived, OnebitIndex | ChannelIndex)
+        ops.retrieve_attention(
+            self.output,
+            self.inputs.query,
+            pages.derived,
+            pages.host.key,
+            pages.host.gathered_key,
+            pages.host.value,
+            pages.block_table,
+            self.inputs.seq_lens,
+            self.tail_start,
+            topk=self.case.selected,
+            **self._retrieval,
+        )
+
     def retrieve(self, pages: PageSet) -> None:
-        """The tokens that the index finds and that weigh most."""
+        """The tokens that the step of a sparse layer attends to, which it does not tell."""
         assert isinstance(pages.derived, OnebitIndex | ChannelIndex)
         ops.retrieve_topk(
             self.indices,
@@ -85,29 +100,20 @@ class Step:
             pages.block_table,
             self.inputs.seq_lens,
             self.tail_start,
-            sink_tokens=SINKS,
-            critical_channels=CHANNELS,
-            candidates=self.case.candidates,
-            channels=self.inputs.shape.head_size,
-            every_head=self.case.query_reduce == "max",
-            scale=self.inputs.scale,
-            max_tail_start=self.tail,
+            **self._retrieval,
         )
 
-    def attend_selected(self, pages: PageSet) -> None:
-        """Exact attention over what was selected."""
-        ops.sparse_decode_attention(
-            self.output,
-            self.inputs.query,
-            pages.host.gathered_key,
-            pages.host.value,
-            self.indices,
-            pages.block_table,
-            self.inputs.seq_lens,
-            self.tail_start,
-            sink_tokens=SINKS,
-            scale=self.inputs.scale,
-        )
+    @property
+    def _retrieval(self) -> dict[str, Any]:
+        return {
+            "sink_tokens": SINKS,
+            "critical_channels": CHANNELS,
+            "candidates": self.case.candidates,
+            "channels": self.inputs.shape.head_size,
+            "every_head": self.case.query_reduce == "max",
+            "scale": self.inputs.scale,
+            "max_tail_start": self.tail,
+        }
 
     def planted_kept(self) -> float | None:
         """The share of the planted tokens that selection kept; None for a dense layer."""

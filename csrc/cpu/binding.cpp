@@ -162,12 +162,22 @@ struct Scored {
 
 bool is_onebit(const std::vector<Tensor>& index) { return index.size() == 3; }
 
+void check_index(const Contract& contract, const std::vector<Tensor>& index,
+                 const Tensor& key_cache, int64_t critical_channels, Scored& scored) {
+  contract.require(index.size() == 3 || index.size() == 1, "an index is three tensors or one");
+  if (is_onebit(index)) {
+    scored.grouping = check_onebit(contract, index, scored.axes);
+  } else {
+    contract.within(critical_channels, "critical_channels", 1, scored.axes.d.size);
+    scored.grouping = check_extremes(contract, index[0], key_cache.scalar_type(), scored.axes);
+  }
+}
+
 Scored check_scored(const Contract& contract, const Tensor& query, const std::vector<Tensor>& index,
                     const Tensor& key_cache, const Tensor& block_table, const Tensor& tail_start,
                     const Tensor& offset, int64_t sink_tokens, int64_t critical_channels) {
   Scored scored;
   Axes& axes = scored.axes;
-  contract.require(index.size() == 3 || index.size() == 1, "an index is three tensors or one");
   contract.floating(key_cache, "key_cache");
   check_cache(contract, key_cache, "key_cache", key_cache.scalar_type(), axes);
   contract.tensor(query, "query", ScalarType::Float, Strides::kContiguous,
@@ -178,18 +188,13 @@ Scored check_scored(const Contract& contract, const Tensor& query, const std::ve
   check_block_table(contract, block_table, axes);
   check_row_values(contract, tail_start, "tail_start", axes);
   contract.within(sink_tokens, "sink_tokens", 0);
-  if (is_onebit(index)) {
-    scored.grouping = check_onebit(contract, index, axes);
-  } else {
-    contract.within(critical_channels, "critical_channels", 1, axes.d.size);
-    scored.grouping = check_extremes(contract, index[0], key_cache.scalar_type(), axes);
-  }
+  check_index(contract, index, key_cache, critical_channels, scored);
   return scored;
 }
 
 ScoreTokens score_of(const Contract& contract, const Scored& scored, const float* query,
-                     const float* offset, const Tensor& block_table, const Tensor& tail_start,
-                     int64_t sink_tokens, int64_t room_for) {
+                     const float* offset, const BlockTable& block_table, const int32_t* tail_start,
+                     int64_t sink_tokens) {
   const ScoreTokens score{shape_of(scored.axes),
                           scored.grouping,
                           static_cast<int32_t>(scored.axes.R.size),
@@ -199,8 +204,8 @@ ScoreTokens score_of(const Contract& contract, const Scored& scored, const float
                           0,
                           query,
                           offset,
-                          block_table_of(contract, block_table),
-                          row_values_of(contract, tail_start, "tail_start", room_for),
+                          block_table,
+                          tail_start,
                           static_cast<int32_t>(sink_tokens)};
   check_blocks(contract, scored.axes, score.block_table, score.tail_start);
   return score;
@@ -229,9 +234,11 @@ void score_tokens(const Tensor& scores, const Tensor& query, const std::vector<T
   contract.tensor(scores, "scores", ScalarType::Float, Strides::kRows,
                   {scored.axes.R, scored.axes.Hk, S});
   if (!Run) return;
-  ScoreTokens score = score_of(contract, scored, data<const float>(contract, query, "query"),
-                               data<const float>(contract, offset, "offset"), block_table,
-                               tail_start, sink_tokens, std::min(S.size, room(scored.axes)));
+  ScoreTokens score = score_of(
+      contract, scored, data<const float>(contract, query, "query"),
+      data<const float>(contract, offset, "offset"), block_table_of(contract, block_table),
+      row_values_of(contract, tail_start, "tail_start", std::min(S.size, room(scored.axes))),
+      sink_tokens);
   score.scores = data<float>(contract, scores, "scores");
   score.scores_row = scores.stride(0);
   score.scores_head = scores.stride(1);
@@ -267,8 +274,10 @@ void propose_topk(const Tensor& indices, const Tensor& query, const std::vector<
   if (!Run) return;
   const ScoreTokens score =
       score_of(contract, scored, data<const float>(contract, query, "query"),
-               data<const float>(contract, offset, "offset"), block_table, tail_start, sink_tokens,
-               std::min(max_tail_start, room(scored.axes)));
+               data<const float>(contract, offset, "offset"), block_table_of(contract, block_table),
+               row_values_of(contract, tail_start, "tail_start",
+                             std::min(max_tail_start, room(scored.axes))),
+               sink_tokens);
   propose(contract, score, index, key_cache, critical_channels,
           data<int32_t>(contract, indices, "indices"), k.size);
 }
@@ -352,6 +361,76 @@ void scored_queries(const void* query, Dtype dtype, const Axes& axes, bool every
   }
 }
 
+// What the ops that find tokens are called with.
+struct Retrieval {
+  const Tensor& query;
+  const std::vector<Tensor>& index;
+  const Tensor &key_cache, &gathered_key, &block_table, &seq_lens, &tail_start;
+  int64_t sink_tokens, critical_channels, candidates, channels;
+  bool every_head;
+  int64_t max_tail_start;
+};
+
+// Everything but `candidates`.
+Scored check_retrieval(const Contract& contract, const Retrieval& call) {
+  Scored scored;
+  Axes& axes = scored.axes;
+  check_decode(contract, call.query, call.key_cache, call.key_cache, call.block_table,
+               call.seq_lens, axes);
+  check_cache(contract, call.gathered_key, "gathered_key", call.key_cache.scalar_type(), axes);
+  check_row_values(contract, call.tail_start, "tail_start", axes);
+  contract.within(call.sink_tokens, "sink_tokens", 0);
+  contract.within(call.channels, "channels", 1, axes.d.size);
+  contract.within(call.max_tail_start, "max_tail_start", 0);
+  check_index(contract, call.index, call.key_cache, call.critical_channels, scored);
+  return scored;
+}
+
+const int32_t* starts_of(const Contract& contract, const Retrieval& call, const Axes& axes) {
+  return row_values_of(contract, call.tail_start, "tail_start",
+                       std::min(call.max_tail_start, room(axes)));
+}
+
+// No row has more tokens between sinks and tail.
+int64_t longest_middle(const Retrieval& call, const Axes& axes) {
+  return std::max<int64_t>(0, std::min(call.max_tail_start, room(axes)) - call.sink_tokens);
+}
+
+// The k best middle tokens of every row and KV head.
+//   decode: its K is that which is gathered; starts: [R]; indices: [R, Hk, k]
+void retrieve(const Contract& contract, const Retrieval& call, Scored& scored, const Decode& decode,
+              const int32_t* starts, int32_t* indices, int64_t k) {
+  const Axes& axes = scored.axes;
+  const auto sinks = static_cast<int32_t>(call.sink_tokens);
+  // There may be no room for as many tokens as a caller would have proposed.
+  const int64_t proposed = std::max(k, std::min(call.candidates, longest_middle(call, axes)));
+  const int64_t group = axes.H.size / axes.Hk.size;
+  const bool by_head = call.every_head && group > 1, reranked = proposed > k;
+  scored.Q.size = by_head ? group : 1;
+  // One allocation for all that lies between the steps.
+  const int64_t pairs = axes.R.size * axes.Hk.size, count = pairs * scored.Q.size;
+  const int64_t masses = axes.R.size * axes.H.size, floats = masses + count * (axes.d.size + 1);
+  const Tensor scratch = torch::stable::new_empty(
+      call.query, {floats + (reranked ? pairs * proposed : 0)}, ScalarType::Float);
+  auto* mass = static_cast<float*>(scratch.data_ptr());
+  float* queries = mass + masses;
+  float* offsets = queries + count * axes.d.size;
+  auto* found = reranked ? reinterpret_cast<int32_t*>(mass + floats) : indices;
+  if (group > 1 && (by_head || reranked)) {
+    kernels().log_mass({decode, mass, sinks, starts});
+  } else {
+    for (int64_t i = 0; i < masses; ++i) mass[i] = -INFINITY;
+  }
+  scored_queries(decode.query, decode.dtype, axes, by_head, decode.scale, mass, queries, offsets);
+  propose(contract, score_of(contract, scored, queries, offsets, decode.block_table, starts, sinks),
+          call.index, call.key_cache, call.critical_channels, found, proposed);
+  if (!reranked) return;
+  kernels().rerank_topk({decode.dtype, decode.shape, decode.rows, decode.query_heads,
+                         static_cast<int32_t>(k), static_cast<int32_t>(proposed), indices, found,
+                         decode.query, decode.key_cache, decode.block_table, mass,
+                         static_cast<int32_t>(call.channels), decode.scale, decode.softcap});
+}
+
 template <bool Run>
 void retrieve_topk(const Tensor& indices, const Tensor& query, const std::vector<Tensor>& index,
                    const Tensor& key_cache, const Tensor& gathered_key, const Tensor& block_table,
@@ -359,56 +438,18 @@ void retrieve_topk(const Tensor& indices, const Tensor& query, const std::vector
                    int64_t critical_channels, int64_t candidates, int64_t channels, bool every_head,
                    double scale, double softcap, int64_t max_tail_start) {
   const Contract contract("retrieve_topk");
-  Scored scored;
-  Axes& axes = scored.axes;
+  const Retrieval call{query,    index,      key_cache,     gathered_key,      block_table,
+                       seq_lens, tail_start, sink_tokens,   critical_channels, candidates,
+                       channels, every_head, max_tail_start};
+  Scored scored = check_retrieval(contract, call);
   Axis k{"k"};
-  contract.require(index.size() == 3 || index.size() == 1, "an index is three tensors or one");
-  check_decode(contract, query, key_cache, gathered_key, block_table, seq_lens, axes);
-  check_row_values(contract, tail_start, "tail_start", axes);
-  check_indices(contract, indices, "indices", axes, k);
-  const int32_t sinks = contract.within(sink_tokens, "sink_tokens", 0);
-  const int32_t proposed = contract.within(candidates, "candidates", k.size);
-  contract.within(channels, "channels", 1, axes.d.size);
-  contract.within(max_tail_start, "max_tail_start", 0);
-  if (is_onebit(index)) {
-    scored.grouping = check_onebit(contract, index, axes);
-  } else {
-    contract.within(critical_channels, "critical_channels", 1, axes.d.size);
-    scored.grouping = check_extremes(contract, index[0], key_cache.scalar_type(), axes);
-  }
+  check_indices(contract, indices, "indices", scored.axes, k);
+  contract.within(candidates, "candidates", k.size);
   if (!Run) return;
-  const Decode decode = decode_of(contract, axes, query, query, gathered_key, gathered_key,
+  const Decode decode = decode_of(contract, scored.axes, query, query, gathered_key, gathered_key,
                                   block_table, seq_lens, scale, softcap);
-  const int64_t group = axes.H.size / axes.Hk.size;
-  const bool by_head = every_head && group > 1, reranked = proposed > k.size;
-  scored.Q.size = by_head ? group : 1;
-  const auto* starts =
-      row_values_of(contract, tail_start, "tail_start", std::min(max_tail_start, room(axes)));
-  // One allocation for all that lies between the steps.
-  const int64_t pairs = axes.R.size * axes.Hk.size, count = pairs * scored.Q.size;
-  const int64_t masses = axes.R.size * axes.H.size, floats = masses + count * (axes.d.size + 1);
-  const Tensor scratch = torch::stable::new_empty(
-      query, {floats + (reranked ? pairs * proposed : 0)}, ScalarType::Float);
-  auto* mass = static_cast<float*>(scratch.data_ptr());
-  float* queries = mass + masses;
-  float* offsets = queries + count * axes.d.size;
-  auto* chosen = data<int32_t>(contract, indices, "indices");
-  auto* found = reranked ? reinterpret_cast<int32_t*>(mass + floats) : chosen;
-  if (group > 1 && (by_head || reranked)) {
-    kernels().log_mass({decode, mass, sinks, starts});
-  } else {
-    for (int64_t i = 0; i < masses; ++i) mass[i] = -INFINITY;
-  }
-  scored_queries(decode.query, decode.dtype, axes, by_head, decode.scale, mass, queries, offsets);
-  propose(contract,
-          score_of(contract, scored, queries, offsets, block_table, tail_start, sinks,
-                   std::min(max_tail_start, room(axes))),
-          index, key_cache, critical_channels, found, proposed);
-  if (!reranked) return;
-  kernels().rerank_topk({decode.dtype, decode.shape, decode.rows, decode.query_heads,
-                         static_cast<int32_t>(k.size), proposed, chosen, found, decode.query,
-                         decode.key_cache, decode.block_table, mass, static_cast<int32_t>(channels),
-                         decode.scale, decode.softcap});
+  retrieve(contract, call, scored, decode, starts_of(contract, call, scored.axes),
+           data<int32_t>(contract, indices, "indices"), k.size);
 }
 
 template <bool Run>
@@ -488,6 +529,37 @@ void stage_rows(const Tensor& key_rows, const Tensor& value_rows, const Tensor& 
 }
 
 template <bool Run>
+void retrieve_attention(const Tensor& output, const Tensor& query, const std::vector<Tensor>& index,
+                        const Tensor& key_cache, const Tensor& gathered_key,
+                        const Tensor& value_cache, const Tensor& block_table,
+                        const Tensor& seq_lens, const Tensor& tail_start, int64_t sink_tokens,
+                        int64_t critical_channels, int64_t topk, int64_t candidates,
+                        int64_t channels, bool every_head, double scale, double softcap,
+                        int64_t max_tail_start) {
+  const Contract contract("retrieve_attention");
+  const Retrieval call{query,    index,      key_cache,     gathered_key,      block_table,
+                       seq_lens, tail_start, sink_tokens,   critical_channels, candidates,
+                       channels, every_head, max_tail_start};
+  Scored scored = check_retrieval(contract, call);
+  Axes& axes = scored.axes;
+  check_cache(contract, value_cache, "value_cache", key_cache.scalar_type(), axes);
+  check_output(contract, output, key_cache.scalar_type(), axes);
+  contract.within(topk, "topk", 0);
+  contract.within(candidates, "candidates", topk);
+  if (!Run) return;
+  const Decode decode = decode_of(contract, axes, output, query, gathered_key, value_cache,
+                                  block_table, seq_lens, scale, softcap);
+  const int32_t* starts = starts_of(contract, call, axes);
+  const int64_t k = std::min(topk, longest_middle(call, axes));
+  const Tensor found =
+      torch::stable::new_empty(query, {axes.R.size, axes.Hk.size, k}, ScalarType::Int);
+  auto* indices = static_cast<int32_t*>(found.data_ptr());
+  retrieve(contract, call, scored, decode, starts, indices, k);
+  kernels().sparse_decode_attention(
+      {decode, indices, static_cast<int32_t>(k), static_cast<int32_t>(sink_tokens), starts});
+}
+
+template <bool Run>
 Tensor dense_preference(const Tensor& query, const Tensor& key, double alpha, double scale,
                         double softcap) {
   const Contract contract("dense_preference");
@@ -535,6 +607,7 @@ STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
   m.impl("retrieve_topk", TORCH_BOX(&tailorkv::retrieve_topk<run>));                           \
   m.impl("sparse_decode_attention", TORCH_BOX(&tailorkv::sparse_decode_attention<run>));       \
   m.impl("stage_rows", TORCH_BOX(&tailorkv::stage_rows<run>));                                 \
+  m.impl("retrieve_attention", TORCH_BOX(&tailorkv::retrieve_attention<run>));                 \
   m.impl("dense_preference", TORCH_BOX(&tailorkv::dense_preference<run>))
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_tailorkv, CPU, m) { TAILORKV_IMPLEMENT(true); }

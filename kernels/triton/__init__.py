@@ -21,6 +21,7 @@ _MODULES = {
     "log_mass": "mass",
     "score_tokens": "score",
     "rerank_topk": "rerank",
+    "retrieve_topk": "retrieve",
     "sparse_decode_attention": "sparse",
     "stage_rows": "stage",
     "dense_preference": "preference",

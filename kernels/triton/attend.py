@@ -1,8 +1,8 @@
 """Device functions of attention: products, scores, a tile of exact rows, and the merge.
 
 Each program leaves the softmax of its own tokens: the largest score, the sum of the powers
-and the weighted sum of values. Scores are kept in base 2. A part without tokens has a
-largest score of minus infinity and counts for nothing.
+and the weighted sum of values; the last one to come merges them. Scores are kept in base 2. A part
+without tokens has a largest score of minus infinity and counts for nothing.
 """
 
 import math
@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 
 from vllm_tailorkv import envs
+from vllm_tailorkv.kernels.triton.launch import counters
 
 _INTERPRETED = tl.constexpr(envs.triton_interpreted())
-_MERGED = 16
+MERGED = 32
+"""Parts that are read at a time: the last program does it alone, and waits for memory."""
 
 
 @triton.jit
@@ -115,77 +117,66 @@ def attend_token_rows(
 
 
 @triton.jit
-def _merge_parts(
+def merge_parts(
     output,  # [R, H, d]
     sums,  # float32 [R, H, parts, d]
     best,  # float32 [R, H, parts]
     totals,  # float32 [R, H, parts]
+    row_head,
     parts,
     HEAD_SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
+    PER_HEAD: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One row and head; grid (H, R)."""
-    at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    """The attention of the query heads of one row and KV head, from what all programs left."""
     channels = tl.arange(0, CHANNELS)
     kept = channels < HEAD_SIZE
-    highest = -float("inf")
-    for start in range(0, parts, PARTS):
-        numbers = start + tl.arange(0, PARTS)
-        scores = tl.load(best + at * parts + numbers, mask=numbers < parts, other=-float("inf"))
-        highest = tl.maximum(highest, tl.max(scores, 0))
-    total = 0.0
-    merged = tl.zeros([CHANNELS], tl.float32)
-    for start in range(0, parts, PARTS):
-        numbers = start + tl.arange(0, PARTS)
-        there = numbers < parts
-        scores = tl.load(best + at * parts + numbers, mask=there, other=-float("inf"))
-        weights = tl.exp2(scores - finite(highest))
-        part = tl.load(totals + at * parts + numbers, mask=there, other=0.0)
-        total += tl.sum(weights * part, 0)
-        rows = sums + (at * parts + numbers) * HEAD_SIZE
-        mask = there[:, None] & kept[None, :]
-        part = tl.load(rows[:, None] + channels[None, :], mask=mask, other=0.0)
-        merged += tl.sum(weights[:, None] * part, 0)
-    # A row without tokens is padding: 0.
-    merged = merged / tl.where(total == 0.0, 1.0, total)
-    at = output + at * HEAD_SIZE + channels
-    tl.store(at, merged.to(output.dtype.element_ty), mask=kept)
+    for at in range(row_head * PER_HEAD, (row_head + 1) * PER_HEAD):
+        highest = -float("inf")
+        total = 0.0
+        merged = tl.zeros([CHANNELS], tl.float32)
+        for start in range(0, parts, PARTS):
+            numbers = at * parts + start + tl.arange(0, PARTS)
+            there = start + tl.arange(0, PARTS) < parts
+            scores = tl.load(best + numbers, there, -float("inf"), cache_modifier=".cg")
+            powers = tl.load(totals + numbers, there, 0.0, cache_modifier=".cg")
+            rows = sums + numbers[:, None] * HEAD_SIZE + channels[None, :]
+            rows = tl.load(rows, there[:, None] & kept[None, :], 0.0, cache_modifier=".cg")
+            larger = tl.maximum(highest, tl.max(scores, 0))
+            shrink = tl.exp2(highest - finite(larger))
+            weights = tl.exp2(scores - finite(larger))
+            total = total * shrink + tl.sum(weights * powers, 0)
+            merged = merged * shrink + tl.sum(weights[:, None] * rows, 0)
+            highest = larger
+        # A row without tokens is padding: 0.
+        merged = merged / tl.where(total == 0.0, 1.0, total)
+        to = output + at * HEAD_SIZE + channels
+        tl.store(to, merged.to(output.dtype.element_ty), mask=kept)
 
 
 class Parts(NamedTuple):
-    """What the programs of one call leave for the merge.
+    """What the programs of one call leave to the last one of each row and KV head.
 
-    sums float32 [R, H, parts, d]; best, totals float32 [R, H, parts].
+    sums float32 [R, H, parts, d]; best, totals float32 [R, H, parts]; counters int32 [>= R * Hk].
     """
 
     sums: torch.Tensor
     best: torch.Tensor
     totals: torch.Tensor
+    counters: torch.Tensor
 
 
-def allocate_parts(query: torch.Tensor, parts: int) -> Parts:
-    """For query [R, H, d]."""
-    rows, heads, head_size = query.shape
-    shape = (rows, heads, parts)
+def allocate_parts(query: torch.Tensor, heads: int, parts: int) -> Parts:
+    """For query [R, H, d] and so many KV heads."""
+    rows, num_heads, head_size = query.shape
+    shape = (rows, num_heads, parts)
     dtype, device = torch.float32, query.device
     return Parts(
         torch.empty((*shape, head_size), dtype=dtype, device=device),
         torch.empty(shape, dtype=dtype, device=device),
         torch.empty(shape, dtype=dtype, device=device),
-    )
-
-
-def merge(output: torch.Tensor, parts: Parts) -> None:
-    """Write the attention [R, H, d] that the parts sum up to."""
-    rows, heads, head_size = output.shape
-    _merge_parts[(heads, rows)](
-        output,
-        *parts,
-        parts.best.shape[2],
-        HEAD_SIZE=head_size,
-        CHANNELS=triton.next_power_of_2(head_size),
-        PARTS=_MERGED,
+        counters(device, rows * heads),
     )
 
 

@@ -5,12 +5,13 @@ import triton
 import triton.language as tl
 
 from vllm_tailorkv.kernels.triton.attend import (
+    MERGED,
     allocate_parts,
     attend_token_rows,
     cap_scores,
     dot,
     load_queries,
-    merge,
+    merge_parts,
     score_factors,
 )
 from vllm_tailorkv.kernels.triton.codes import (
@@ -20,7 +21,7 @@ from vllm_tailorkv.kernels.triton.codes import (
     join_rows,
     split_rows,
 )
-from vllm_tailorkv.kernels.triton.launch import as_words, split_count
+from vllm_tailorkv.kernels.triton.launch import as_words, is_last, split_count
 from vllm_tailorkv.kernels.types import DenseCodes, GroupCodes
 
 _TAIL_PARTS = 4
@@ -198,9 +199,11 @@ def _attend_groups(
 
 @triton.jit
 def _attend_codes(
+    output,  # [R, H, d]
     sums,  # float32 [R, H, parts, d]
     best,  # float32 [R, H, parts]
     totals,  # float32 [R, H, parts]
+    counters,  # int32 [>= R * Hk], 0
     query,  # [R, H, d]
     key,  # [NB, Hk, bs, d]
     key_block,
@@ -252,9 +255,10 @@ def _attend_codes(
     TAIL_ROWS: tl.constexpr,
     TAIL_PARTS: tl.constexpr,
     TAIL_TOKENS: tl.constexpr,
+    MERGED: tl.constexpr,
 ):
     """One row and KV head: the first TAIL_PARTS programs read the exact tail, the others a
-    run of groups each. Grid (parts, Hk, R).
+    run of groups each; the last program merges all. Grid (parts, Hk, R).
     """
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     parts, part = tl.num_programs(0), tl.program_id(0)
@@ -305,7 +309,7 @@ def _attend_codes(
         groups = coded // GROUP
         share = tl.cdiv(groups, parts - TAIL_PARTS)
         start = (part - TAIL_PARTS) * share
-        highest, total, output = _attend_groups(
+        highest, total, summed = _attend_groups(
             query,
             key_words,
             key_words_block,
@@ -354,7 +358,11 @@ def _attend_codes(
         order = code_numbers(GROUP, BITS, VALUE_WORD_BITS)
         channel = numbers[:, None, None] * GROUP + order[None, None, :]
         mask = real[None, :, None] & (channel < HEAD_SIZE)
-        tl.store(sums + at[None, :, None] * HEAD_SIZE + channel, output, mask=mask)
+        tl.store(sums + at[None, :, None] * HEAD_SIZE + channel, summed, mask=mask)
+    if is_last(counters + row_head, parts):
+        merge_parts(
+            output, sums, best, totals, row_head, parts, HEAD_SIZE, CHANNELS, PER_HEAD, MERGED
+        )
 
 
 def _arguments(codes: GroupCodes, words: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
@@ -399,8 +407,9 @@ def quantized_decode_attention(
     parts = _TAIL_PARTS + split_count(query.device, rows * heads, most, 8)
     query_rows = max(8, triton.next_power_of_2(per_head))
     elements = channels * group_size * query_rows // 8 * query.element_size() // 2
-    results = allocate_parts(query, parts)
+    results = allocate_parts(query, heads, parts)
     _attend_codes[(parts, heads, rows)](
+        output,
         *results,
         query,
         key_cache,
@@ -429,6 +438,6 @@ def quantized_decode_attention(
         TAIL_ROWS=max(16, triton.next_power_of_2(per_head)),
         TAIL_PARTS=_TAIL_PARTS,
         TAIL_TOKENS=_TAIL_TOKENS,
+        MERGED=MERGED,
         num_warps=_num_warps(elements, bits),
     )
-    merge(output, results)

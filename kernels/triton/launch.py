@@ -1,11 +1,17 @@
-"""What every launch needs: how many programs share a row, and codes as words."""
+"""What launches need: how many programs share a row, counters of those, and codes as words."""
 
 from functools import cache
 
 import torch
+import triton
+import triton.language as tl
 
 _CPU_SPLITS = 3
 """Enough in the interpreter to split rows unevenly."""
+_COUNTERS = 1 << 14
+"""Rows times heads, at least, that there are counters for."""
+
+_counters: dict[torch.device, torch.Tensor] = {}
 
 
 @cache
@@ -26,6 +32,38 @@ def split_count(device: torch.device, outer: int, most: int, per_sm: int) -> int
         return max(1, min(_CPU_SPLITS, most))
     wanted = per_sm * _multiprocessors(device.index or 0) // max(1, outer)
     return max(1, min(wanted, most))
+
+
+def counters(device: torch.device, count: int) -> torch.Tensor:
+    """A counter for each of so many groups of programs, int32, all 0: see `is_last`.
+
+    Launches leave them as they found them, and so share them: they must come one after another,
+    as those of one stream do.
+    """
+    kept = _counters.get(device)
+    if kept is not None and len(kept) >= count:
+        return kept
+    made = torch.zeros(max(_COUNTERS, count), dtype=torch.int32, device=device)
+    # While a graph is being captured nothing is set to 0: only its own launches may count on it.
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        _counters[device] = made
+    return made
+
+
+@triton.jit
+def is_last(counter, programs):
+    """Whether all other programs of a group of so many have come here, and counted in `counter`.
+
+    What they stored before may then be read, past this multiprocessor's own cache. It is safe: the
+    barrier puts all threads' stores before the one thread that counts, which releases them, and
+    acquires those of the programs that counted before; all threads get the count by a barrier.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1
+    if last:
+        # No one else counts any more: ready for the next launch.
+        tl.store(counter, 0)
+    return last
 
 
 def as_words(codes: torch.Tensor) -> torch.Tensor:

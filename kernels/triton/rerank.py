@@ -13,7 +13,7 @@ from vllm_tailorkv.kernels.triton.attend import (
     load_queries,
     score_factors,
 )
-from vllm_tailorkv.kernels.triton.launch import split_count
+from vllm_tailorkv.kernels.triton.launch import counters, is_last, split_count
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _BLOCK_TOKENS = 16
@@ -21,6 +21,8 @@ _BLOCK_PLACES = 512
 _SAMPLES = 16
 _MOST_CANDIDATES = 1 << 16
 """One program holds the weights of all: from 16384 on, it spills some of them."""
+_PLACES_WITH_SCORES = 2048
+"""Candidates that the programs that score them rank, too: more want more warps than these have."""
 
 
 @triton.jit
@@ -41,6 +43,43 @@ def largest(values, there, count):
     above, equal = keys > threshold, keys == threshold
     missing = count - tl.sum(above.to(tl.int32), 0)
     return there & (above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= missing)))
+
+
+@triton.jit
+def select_heaviest(
+    indices,  # int32 [R, Hk, num_indices]
+    num_indices,
+    candidates,  # int32 [R, Hk, num_candidates]
+    num_candidates,
+    scores,  # float32 [R, H, num_candidates], in base 2
+    mass,  # float32 [R, H], in base e
+    row_head,
+    PER_HEAD: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """The heaviest candidates of one row and KV head."""
+    place = tl.arange(0, PLACES)
+    token = tl.load(
+        candidates + row_head * num_candidates + place, mask=place < num_candidates, other=-1
+    )
+    there = token >= 0
+    scores += row_head * PER_HEAD * num_candidates + place
+    # One head's order is that of its scores, also where weights vanish.
+    weights = tl.load(scores, there, -float("inf"), cache_modifier=".cg")
+    if PER_HEAD > 1:
+        weights = tl.zeros([PLACES], tl.float32)
+        for i in range(PER_HEAD):
+            line = tl.load(scores + i * num_candidates, there, -float("inf"), cache_modifier=".cg")
+            elsewhere = tl.load(mass + row_head * PER_HEAD + i) * _LOG2_E
+            highest = finite(tl.maximum(tl.max(line, 0), elsewhere))
+            powers = tl.exp2(line - highest)
+            total = tl.sum(powers, 0) + tl.exp2(elsewhere - highest)
+            weights += powers / tl.where(total == 0.0, 1.0, total)
+    chosen = largest(weights, there, num_indices)
+    indices += row_head * num_indices
+    tl.store(indices + tl.cumsum(chosen.to(tl.int32), 0) - 1, token, mask=chosen)
+    for start in range(tl.sum(chosen.to(tl.int32), 0), num_indices, PLACES):
+        tl.store(indices + start + place, -1, mask=start + place < num_indices)
 
 
 @triton.jit
@@ -97,6 +136,10 @@ def _sample_channels(
 
 @triton.jit
 def _score_candidates(
+    indices,  # int32 [R, Hk, num_indices]
+    num_indices,
+    mass,  # float32 [R, H]
+    counters,  # int32 [>= R * Hk], 0
     scores,  # float32 [R, H, num_candidates]
     candidates,  # int32 [R, Hk, num_candidates]
     num_candidates,
@@ -119,13 +162,14 @@ def _score_candidates(
     PER_HEAD: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
+    PLACES: tl.constexpr,
 ):
     """Every so many runs of TOKENS candidates of one row and KV head, by all its query heads,
-    in base 2; grid (parts, Hk, R).
+    in base 2; grid (parts, Hk, R). If PLACES is not 0, the last program selects the heaviest.
     """
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     row_head = row * tl.num_programs(1) + head
-    candidates += row_head * num_candidates
+    proposed = candidates + row_head * num_candidates
     numbers, heads = tl.arange(0, CHANNELS), tl.arange(0, ROWS)
     read, real = numbers < COUNT, heads < PER_HEAD
     channels = numbers
@@ -138,7 +182,7 @@ def _score_candidates(
     step = tl.num_programs(0) * TOKENS
     for start in range(tl.program_id(0) * TOKENS, num_candidates, step):
         place = start + tl.arange(0, TOKENS)
-        token = tl.load(candidates + place, mask=place < num_candidates, other=-1)
+        token = tl.load(proposed + place, mask=place < num_candidates, other=-1)
         there = token >= 0
         at = block_table + row * table_row + token // BLOCK_SIZE
         block = tl.load(at, mask=there, other=0).to(tl.int64)
@@ -148,6 +192,19 @@ def _score_candidates(
         products = cap_scores(dot(q, tl.trans(k)), factor, cap, CAPPED)
         at = lines[:, None] * num_candidates + place[None, :]
         tl.store(scores + at, products, mask=real[:, None] & there[None, :])
+    if PLACES > 0:  # noqa: SIM102 - Triton evaluates both sides of `and`
+        if is_last(counters + row_head, tl.num_programs(0)):
+            select_heaviest(
+                indices,
+                num_indices,
+                candidates,
+                num_candidates,
+                scores,
+                mass,
+                row_head,
+                PER_HEAD,
+                PLACES,
+            )
 
 
 @triton.jit
@@ -163,28 +220,17 @@ def _select_heaviest(
 ):
     """The heaviest candidates of one row and KV head; grid (Hk, R)."""
     row_head = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    place = tl.arange(0, PLACES)
-    candidates += row_head * num_candidates
-    token = tl.load(candidates + place, mask=place < num_candidates, other=-1)
-    there = token >= 0
-    scores += row_head * PER_HEAD * num_candidates
-    # One head's order is that of its scores, also where weights vanish.
-    weights = tl.load(scores + place, mask=there, other=-float("inf"))
-    if PER_HEAD > 1:
-        weights = tl.zeros([PLACES], tl.float32)
-        for i in range(PER_HEAD):
-            line = scores + i * num_candidates + place
-            line = tl.load(line, mask=there, other=-float("inf"))
-            elsewhere = tl.load(mass + row_head * PER_HEAD + i) * _LOG2_E
-            highest = finite(tl.maximum(tl.max(line, 0), elsewhere))
-            powers = tl.exp2(line - highest)
-            total = tl.sum(powers, 0) + tl.exp2(elsewhere - highest)
-            weights += powers / tl.where(total == 0.0, 1.0, total)
-    chosen = largest(weights, there, num_indices)
-    indices += row_head * num_indices
-    tl.store(indices + tl.cumsum(chosen.to(tl.int32), 0) - 1, token, mask=chosen)
-    for start in range(tl.sum(chosen.to(tl.int32), 0), num_indices, PLACES):
-        tl.store(indices + start + place, -1, mask=start + place < num_indices)
+    select_heaviest(
+        indices,
+        num_indices,
+        candidates,
+        num_candidates,
+        scores,
+        mass,
+        row_head,
+        PER_HEAD,
+        PLACES,
+    )
 
 
 def rerank_topk(
@@ -245,6 +291,10 @@ def rerank_topk(
     )
     most = triton.cdiv(num_candidates, _BLOCK_TOKENS)
     _score_candidates[(split_count(query.device, rows * heads, most, 4), heads, rows)](
+        indices,
+        indices.shape[2],
+        mass,
+        counters(query.device, rows * heads),
         scores,
         *proposed,
         query,
@@ -255,8 +305,11 @@ def rerank_topk(
         # Products need 16 at least.
         CHANNELS=max(16, triton.next_power_of_2(count)),
         TOKENS=_BLOCK_TOKENS,
+        PLACES=places if places <= _PLACES_WITH_SCORES else 0,
         num_warps=2,
     )
+    if places <= _PLACES_WITH_SCORES:
+        return
     _select_heaviest[(heads, rows)](
         indices,
         indices.shape[2],

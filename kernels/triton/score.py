@@ -1,9 +1,12 @@
 """Approximate scores of the middle tokens, from one-bit codes or from critical channels."""
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from vllm_tailorkv.kernels.triton.attend import load_queries
 from vllm_tailorkv.kernels.triton.codes import code_numbers, dot_key_codes
 from vllm_tailorkv.kernels.triton.launch import as_words, split_count
 from vllm_tailorkv.kernels.types import SPREAD_GROUPS, ChannelIndex, OnebitIndex, TokenIndex
@@ -13,12 +16,44 @@ _BLOCK_GROUPS = 16
 
 
 @triton.jit
+def _load_scored(
+    query,
+    offset,
+    row_head,
+    factor,
+    sign,
+    MEAN: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """What one row and KV head is scored with, see `Scored`: float32 [ROWS, CHANNELS] and [ROWS].
+
+    A line of padding is never the largest.
+    """
+    q = load_queries(query, row_head * QUERIES, QUERIES, ROWS, HEAD_SIZE, CHANNELS)
+    q = q.to(tl.float32) * factor
+    lines = tl.arange(0, ROWS)
+    if MEAN:
+        q = tl.where((lines == 0)[:, None], tl.sum(q, 0)[None, :], 0.0)
+        offsets = tl.where(lines == 0, 0.0, -float("inf"))
+    else:
+        there = lines < QUERIES
+        offsets = tl.load(offset + row_head * QUERIES + lines, mask=there, other=0.0) * sign
+        offsets = tl.where(there, offsets, -float("inf"))
+    return q, offsets
+
+
+@triton.jit
 def _score_codes(
     scores,  # float32 [R, Hk, S]
     scores_row,
     scores_head,
-    query,  # float32 [R, Hk, QUERIES, d]
-    offset,  # float32 [R, Hk, QUERIES]
+    query,  # [R, Hk, QUERIES, d]
+    offset,  # float32 [R, Hk, QUERIES], or None
+    factor,
+    sign,
     words,  # [NB, Hk, G, d, GROUP / WORD_BITS]
     words_block,
     words_head,
@@ -37,6 +72,7 @@ def _score_codes(
     CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
     WORD_BITS: tl.constexpr,
+    MEAN: tl.constexpr,
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -47,13 +83,12 @@ def _score_codes(
     first, last = sink_tokens // GROUP, tl.cdiv(end, GROUP)
     share = tl.cdiv(last - first, tl.num_programs(0))
     first += tl.program_id(0) * share
-    channels, queries = tl.arange(0, CHANNELS), tl.arange(0, ROWS)
+    channels = tl.arange(0, CHANNELS)
     kept = channels < HEAD_SIZE
-    lines = (row * tl.num_programs(1) + head) * QUERIES + queries
-    mask = (queries < QUERIES)[:, None] & kept[None, :]
-    q = tl.load(query + lines[:, None] * HEAD_SIZE + channels[None, :], mask=mask, other=0.0)
-    # A line of padding is never the largest.
-    offsets = tl.load(offset + lines, mask=queries < QUERIES, other=-float("inf"))
+    row_head = row * tl.num_programs(1) + head
+    q, offsets = _load_scored(
+        query, offset, row_head, factor, sign, MEAN, QUERIES, ROWS, HEAD_SIZE, CHANNELS
+    )
     within = channels[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     scores += row * scores_row + head * scores_head
     for index in range(first, tl.minimum(first + share, last)):
@@ -118,10 +153,12 @@ def _find_extremes(
 def _select_channels(
     selected,  # int32 [R, Hk, COUNT]
     found,  # float32 [R, Hk, parts, 2, CHANNELS]
-    query,  # float32 [R, Hk, QUERIES, d]
+    query,  # [R, Hk, QUERIES, d]
+    factor,
     parts,
     HEAD_SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
+    MEAN: tl.constexpr,
     QUERIES: tl.constexpr,
     COUNT: tl.constexpr,
 ):
@@ -138,8 +175,9 @@ def _select_channels(
     weight = tl.zeros([CHANNELS], tl.float32)
     for i in range(QUERIES):
         row = query + (at * QUERIES + i) * HEAD_SIZE
-        weight = tl.maximum(weight, tl.abs(tl.load(row + channels, mask=kept, other=0.0)))
-    weight = tl.where(kept, weight * (high - low), -1.0)
+        q = tl.load(row + channels, mask=kept, other=0.0).to(tl.float32) * factor
+        weight = weight + q if MEAN else tl.maximum(weight, tl.abs(q))
+    weight = tl.where(kept, tl.abs(weight) * (high - low), -1.0)
     for i in range(COUNT):
         best = tl.min(tl.where(weight == tl.max(weight, 0), channels, CHANNELS), 0)
         tl.store(selected + at * COUNT + i, best)
@@ -151,8 +189,10 @@ def _score_channels(
     scores,  # float32 [R, Hk, S]
     scores_row,
     scores_head,
-    query,  # float32 [R, Hk, QUERIES, d]
-    offset,  # float32 [R, Hk, QUERIES]
+    query,  # [R, Hk, QUERIES, d]
+    offset,  # float32 [R, Hk, QUERIES], or None
+    factor,
+    sign,
     selected,  # int32 [R, Hk, COUNT]
     key,  # [NB, Hk, bs, d]
     key_block,
@@ -165,6 +205,7 @@ def _score_channels(
     sink_tokens,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    MEAN: tl.constexpr,
     QUERIES: tl.constexpr,
     COUNT: tl.constexpr,
     PADDED: tl.constexpr,
@@ -187,36 +228,57 @@ def _score_channels(
         rows = key + block * key_block + head * key_head + tokens % BLOCK_SIZE * key_token
         mask = middle[:, None] & chosen[None, :]
         part = tl.load(rows[:, None] + channels[None, :] * key_channel, mask=mask, other=0.0)
-        best = tl.full([TOKENS], -float("inf"), tl.float32)
+        best = tl.full([TOKENS], 0.0 if MEAN else -float("inf"), tl.float32)
         for i in range(QUERIES):
             q = tl.load(query + (at * QUERIES + i) * HEAD_SIZE + channels, mask=chosen, other=0.0)
+            q = q.to(tl.float32) * factor
             products = tl.sum(part.to(tl.float32) * q[None, :], 1)
-            best = tl.maximum(best, products + tl.load(offset + at * QUERIES + i))
+            if MEAN:
+                best += products
+            else:
+                best = tl.maximum(best, products + tl.load(offset + at * QUERIES + i) * sign)
         tl.store(scores + tokens, best, mask=middle)
+
+
+class Scored(NamedTuple):
+    """What tokens are scored with: the largest product of a query, plus its offset.
+
+    query: [R, Hk, Q, d], times `factor`.
+    offset: float32 [R, Hk, Q], times `sign`; None: tokens are scored with the sum of the queries.
+    """
+
+    query: torch.Tensor
+    offset: torch.Tensor | None
+    factor: float = 1.0
+    sign: float = 1.0
+
+    def rows(self, part: slice) -> "Scored":
+        """Some of the rows."""
+        offset = None if self.offset is None else self.offset[part]
+        return self._replace(query=self.query[part], offset=offset)
 
 
 def _score_by_codes(
     scores: torch.Tensor,
-    query: torch.Tensor,
+    scored: Scored,
     index: OnebitIndex,
     block_size: int,
     block_table: torch.Tensor,
     tail_start: torch.Tensor,
-    offset: torch.Tensor,
     sink_tokens: int,
 ) -> None:
-    rows, heads, queries, head_size = query.shape
+    rows, heads, queries, head_size = scored.query.shape
+    device = scored.query.device
     per_block = index.key.scale.shape[2]
     group_size = block_size // per_block
     words = as_words(index.key.codes)
     channels = triton.next_power_of_2(head_size)
     query_rows = max(8, triton.next_power_of_2(queries))
     most = -(-scores.shape[2] // group_size)
-    _score_codes[(split_count(query.device, rows * heads, most, 16), heads, rows)](
+    _score_codes[(split_count(device, rows * heads, most, 16), heads, rows)](
         scores,
         *scores.stride()[:2],
-        query,
-        offset,
+        *scored,
         words,
         *words.stride()[:3],
         *index.key[1:],
@@ -230,6 +292,7 @@ def _score_by_codes(
         CHANNELS=channels,
         GROUP=group_size,
         WORD_BITS=8 * words.element_size(),
+        MEAN=scored.offset is None,
         QUERIES=queries,
         ROWS=query_rows,
         # One warp holds 128 tokens of 128 channels and 8 queries, and exchanges nothing.
@@ -240,15 +303,15 @@ def _score_by_codes(
 
 def _score_by_channels(
     scores: torch.Tensor,
-    query: torch.Tensor,
+    scored: Scored,
     index: ChannelIndex,
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
     tail_start: torch.Tensor,
-    offset: torch.Tensor,
     sink_tokens: int,
     critical_channels: int,
 ) -> None:
+    query = scored.query
     rows, heads, queries, head_size = query.shape
     block_size, per_block = key_cache.shape[2], index.extremes.shape[2]
     channels, count = triton.next_power_of_2(head_size), min(critical_channels, head_size)
@@ -257,6 +320,12 @@ def _score_by_channels(
     found = scores.new_empty(rows, heads, parts, 2, channels)
     selected = block_table.new_empty(rows, heads, count)
     where = (block_table, block_table.stride(0), tail_start)
+    shape: dict[str, Any] = {
+        "HEAD_SIZE": head_size,
+        "MEAN": scored.offset is None,
+        "QUERIES": queries,
+        "COUNT": count,
+    }
     _find_extremes[(parts, heads, rows)](
         found,
         index.extremes,
@@ -270,32 +339,42 @@ def _score_by_channels(
         SPREAD_GROUPS=SPREAD_GROUPS,
     )
     _select_channels[(heads, rows)](
-        selected,
-        found,
-        query,
-        parts,
-        HEAD_SIZE=head_size,
-        CHANNELS=channels,
-        QUERIES=queries,
-        COUNT=count,
+        selected, found, query, scored.factor, parts, CHANNELS=channels, **shape
     )
     _score_channels[(parts, heads, rows)](
         scores,
         *scores.stride()[:2],
-        query,
-        offset,
+        *scored,
         selected,
         key_cache,
         *key_cache.stride(),
         *where,
         sink_tokens,
         BLOCK_SIZE=block_size,
-        HEAD_SIZE=head_size,
-        QUERIES=queries,
-        COUNT=count,
         PADDED=triton.next_power_of_2(max(1, count)),
         TOKENS=_BLOCK_TOKENS,
+        **shape,
     )
+
+
+def score_with(
+    scored: Scored,
+    scores: torch.Tensor,
+    index: TokenIndex,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    tail_start: torch.Tensor,
+    sink_tokens: int,
+    critical_channels: int,
+) -> None:
+    """`ops.score_tokens` with queries as a kernel takes them."""
+    if not scores.shape[0] or not scores.shape[2]:
+        return
+    where = (block_table, tail_start, sink_tokens)
+    if isinstance(index, ChannelIndex):
+        _score_by_channels(scores, scored, index, key_cache, *where, critical_channels)
+    else:
+        _score_by_codes(scores, scored, index, key_cache.shape[2], *where)
 
 
 def score_tokens(
@@ -310,21 +389,5 @@ def score_tokens(
     critical_channels: int,
 ) -> None:
     """See `ops.score_tokens`."""
-    if not query.shape[0] or not scores.shape[2]:
-        return
-    if isinstance(index, ChannelIndex):
-        _score_by_channels(
-            scores,
-            query,
-            index,
-            key_cache,
-            block_table,
-            tail_start,
-            offset,
-            sink_tokens,
-            critical_channels,
-        )
-    else:
-        _score_by_codes(
-            scores, query, index, key_cache.shape[2], block_table, tail_start, offset, sink_tokens
-        )
+    rest = (index, key_cache, block_table, tail_start, sink_tokens, critical_channels)
+    score_with(Scored(query, offset), scores, *rest)

@@ -5,13 +5,14 @@ import triton
 import triton.language as tl
 
 from vllm_tailorkv.kernels.triton.attend import (
+    MERGED,
     allocate_parts,
     attend_token_rows,
     load_queries,
-    merge,
+    merge_parts,
     score_factors,
 )
-from vllm_tailorkv.kernels.triton.launch import split_count
+from vllm_tailorkv.kernels.triton.launch import is_last, split_count
 
 _BLOCK_TOKENS = 16
 _TAIL_TOKENS = 128
@@ -20,9 +21,11 @@ _TAIL_TOKENS = 128
 
 @triton.jit
 def _attend_gathered(
+    output,  # [R, H, d]
     sums,  # float32 [R, H, parts, d]
     best,  # float32 [R, H, parts]
     totals,  # float32 [R, H, parts]
+    counters,  # int32 [>= R * Hk], 0
     query,  # [R, H, d]
     key,  # [NB, Hk, bs, d]
     key_block,
@@ -50,9 +53,10 @@ def _attend_gathered(
     PER_HEAD: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
+    MERGED: tl.constexpr,
 ):
     """Every so many runs of TOKENS of the tokens of one row and KV head, listed one after
-    the other: sinks, selected, tail. Grid (parts, Hk, R).
+    the other: sinks, selected, tail. The last program merges all. Grid (parts, Hk, R).
     """
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     parts, part = tl.num_programs(0), tl.program_id(0)
@@ -66,14 +70,14 @@ def _attend_gathered(
     indices += row_head * num_indices - sinks
     highest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    output = tl.zeros([ROWS, CHANNELS], tl.float32)
+    summed = tl.zeros([ROWS, CHANNELS], tl.float32)
     for start in range(part * TOKENS, before_tail + length - tail, parts * TOKENS):
         place = start + tl.arange(0, TOKENS)
         listed = (place >= sinks) & (place < before_tail)
         selected = tl.load(indices + place, mask=listed, other=-1)
         token = tl.where(place < sinks, place, tail + place - before_tail)
         token = tl.where(listed, selected, token)
-        highest, total, output = attend_token_rows(
+        highest, total, summed = attend_token_rows(
             q,
             key,
             value,
@@ -91,7 +95,7 @@ def _attend_gathered(
             head,
             highest,
             total,
-            output,
+            summed,
             factor,
             cap,
             CAPPED,
@@ -104,7 +108,11 @@ def _attend_gathered(
     tl.store(best + at, highest, mask=real)
     tl.store(totals + at, total, mask=real)
     mask = real[:, None] & (channels < HEAD_SIZE)[None, :]
-    tl.store(sums + at[:, None] * HEAD_SIZE + channels[None, :], output, mask=mask)
+    tl.store(sums + at[:, None] * HEAD_SIZE + channels[None, :], summed, mask=mask)
+    if is_last(counters + row_head, parts):
+        merge_parts(
+            output, sums, best, totals, row_head, parts, HEAD_SIZE, CHANNELS, PER_HEAD, MERGED
+        )
 
 
 def sparse_decode_attention(
@@ -127,8 +135,9 @@ def sparse_decode_attention(
     heads, num_indices = indices.shape[1:]
     expected = sink_tokens + num_indices + _TAIL_TOKENS
     parts = split_count(query.device, rows * heads, triton.cdiv(expected, _BLOCK_TOKENS), 4)
-    results = allocate_parts(query, parts)
+    results = allocate_parts(query, heads, parts)
     _attend_gathered[(parts, heads, rows)](
+        output,
         *results,
         query,
         key_cache,
@@ -149,6 +158,6 @@ def sparse_decode_attention(
         PER_HEAD=num_heads // heads,
         ROWS=max(16, triton.next_power_of_2(num_heads // heads)),
         TOKENS=_BLOCK_TOKENS,
+        MERGED=MERGED,
         num_warps=2,
     )
-    merge(output, results)

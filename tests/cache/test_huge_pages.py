@@ -67,7 +67,7 @@ def test_memory_never_touched():
 @with_huge_pages
 def test_host_pool():
     layout = PageLayout(DerivedKind.CHANNELS, 8, 128, 128, 64, 1, 2)
-    pool = allocate_host_pool(16, layout)
+    pool = allocate_host_pool(16, layout, torch.device("cpu")).pages
     assert pool.shape == (16, layout.host_bytes)
     assert not pool.any()
     assert advised_bytes(pool) >= pool.nbytes - 2 * HUGE

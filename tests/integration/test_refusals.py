@@ -153,6 +153,29 @@ def test_cache_too_small(random_llama: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "attention",
+    [
+        {"backend_per_kind": {"sliding_window": "TAILORKV"}},
+        {"backend": "TAILORKV", "backend_per_kind": {"full_attention": "CPU_ATTN"}},
+    ],
+    ids=["windows alone", "all but full attention"],
+)
+def test_our_backend_where_it_serves_no_layer(
+    random_llama: Path, attention: dict[str, Any]
+) -> None:
+    """The model has layers with full attention: it is not to blame."""
+    from vllm.plugins import load_general_plugins
+
+    # `LLM` reads this argument before it loads them; `vllm serve` does not.
+    load_general_plugins()
+    with (
+        pytest.raises(TailorKVError, match=r"backend_per_kind gives .*give it full_attention="),
+        engine(random_llama, attention_config=attention),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
     "architecture,changes,words",
     [
         ("DeepseekV2", {"qk_nope_head_dim": 64, "kv_lora_rank": 64, "q_lora_rank": None}, "MLA"),

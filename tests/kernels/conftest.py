@@ -119,6 +119,15 @@ def fast(request: pytest.FixtureRequest) -> Iterator[Any]:
     torch.ops.vllm_tailorkv.set_isa(ISAS[0])
 
 
+@pytest.fixture(params=TRITON)
+def placed(request: pytest.FixtureRequest) -> Callable[[ModuleType], Any]:
+    """A function of modules that launch Triton's kernels: they run where these can."""
+    _, _, where = request.param.partition("-")
+    if where == "interpreted":
+        return lambda module: module
+    return partial(OnDevice, where=where)
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Set the number of threads for one test."""

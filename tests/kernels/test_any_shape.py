@@ -400,6 +400,35 @@ def test_sparse_decode_attention(build_context, error_of, each_isa, case):
 
 
 @few_shapes
+@given(case=cases(), kind=st.sampled_from([DerivedKind.ONEBIT, DerivedKind.CHANNELS]))
+def test_retrieve_attention(build_context, error_of, each_isa, case, kind):
+    make = Maker(case)
+    context = build_context(case.lengths, case.seed, kind=kind, **case.layout)
+    tail_start, query = make.between(0, context.complete), make.query()
+    key, value = make.tight(context.cache.host[:2])
+    before = (query, make.tight(context.cache.derived), key, key)
+    rows = (make.tight(context.block_table), make.tight(context.seq_lens), tail_start)
+    softmax = {"scale": case.scale, "softcap": case.softcap}
+    options = softmax | {
+        "sink_tokens": case.sinks,
+        "critical_channels": 1 + case.seed % case.head_size,
+        "candidates": case.k * (1 + case.seed % 3),
+        "channels": case.head_size,
+        "every_head": case.flag,
+        "max_tail_start": max(tail_start.tolist(), default=0),
+    }
+    for isa in each_isa(case):
+        indices = make.nothing(len(query), case.heads, case.k, dtype=torch.int32)
+        ops.retrieve_topk(indices, *before, *rows, **options)
+        expected = torch.empty_like(query)
+        attended = (query, key, value, indices, *rows, case.sinks, *softmax.values())
+        reference.sparse_decode_attention(expected, *attended)
+        output = make.nothing(*query.shape, dtype=case.dtype)
+        ops.retrieve_attention(output, *before, value, *rows, topk=case.k, **options)
+        assert error_of(output, expected) < TOLERANCE[case.dtype], isa
+
+
+@few_shapes
 @given(case=cases(), length=st.integers(1, 300), queries=st.integers(1, 20))
 def test_dense_preference(each_isa, case, length, queries):
     make = Maker(case)

@@ -34,16 +34,23 @@ OPS = (
     "retrieve_onebit",
     "retrieve_channels",
     "sparse_decode_attention",
+    "attention_onebit",
+    "attention_channels",
     "dense_preference",
 )
-NAMES = {"quantize": "quantize_groups", "score": "score_tokens", "propose": "propose_topk"}
+NAMES = {
+    "quantize": "quantize_groups",
+    "score": "score_tokens",
+    "propose": "propose_topk",
+    "retrieve": "retrieve_topk",
+    "attention": "retrieve_attention",
+}
 
 
 def op_of(case: str) -> str:
     if case in ("quantized_decode_attention", "dense_preference") or case in NAMES.values():
         return case
-    head = case.partition("_")[0]
-    return {**NAMES, "retrieve": "retrieve_topk"}.get(head, case)
+    return NAMES.get(case.partition("_")[0], case)
 
 
 def kind_of(case: str) -> DerivedKind:
@@ -157,6 +164,24 @@ def arguments(build_context: Callable[..., Any]) -> Callable[[str], dict[str, An
                 "tail_start": tail,
                 "sink_tokens": 8,
                 **softmax,
+            },
+            "retrieve_attention": {
+                "output": torch.empty_like(query),
+                "query": query,
+                "index": derived,
+                "key_cache": host.key,
+                "gathered_key": host.key,
+                "value_cache": host.value,
+                **rows,
+                "tail_start": tail,
+                "sink_tokens": 8,
+                "critical_channels": 8,
+                "topk": K,
+                "candidates": 2 * K,
+                "channels": SIZE,
+                "every_head": True,
+                **softmax,
+                "max_tail_start": most,
             },
             "dense_preference": {
                 "query": torch.randn(3, HEADS, SIZE),
@@ -293,6 +318,28 @@ BROKEN: list[tuple[str, str, Callable[[Any], Any]]] = [
     ("sparse_decode_attention", "output", halved(2)),
     ("sparse_decode_attention", "value_cache", halved(1)),
     ("sparse_decode_attention", "tail_start", wide),
+    ("attention_onebit", "output", halved(0)),
+    ("attention_onebit", "output", strided),
+    ("attention_onebit", "query", wide),
+    ("attention_onebit", "index", lambda parts: parts[:2]),
+    ("attention_onebit", "index", of_part(0, halved(1))),
+    ("attention_onebit", "gathered_key", halved(0)),
+    ("attention_onebit", "gathered_key", wide),
+    ("attention_onebit", "value_cache", halved(0)),
+    ("attention_onebit", "value_cache", halved(2)),
+    ("attention_onebit", "block_table", lambda x: x[:, :1]),
+    ("attention_onebit", "seq_lens", lambda x: x + 10_000),
+    ("attention_onebit", "seq_lens", lambda x: x - 10_000),
+    ("attention_onebit", "tail_start", lambda x: x + 10_000),
+    ("attention_onebit", "tail_start", halved(0)),
+    ("attention_onebit", "max_tail_start", number(10)),
+    ("attention_onebit", "sink_tokens", number(-1)),
+    ("attention_onebit", "topk", number(-1)),
+    ("attention_onebit", "topk", number(2**31)),
+    ("attention_onebit", "candidates", number(K - 1)),
+    ("attention_onebit", "channels", number(SIZE + 1)),
+    ("attention_channels", "index", of_part(0, halved(0))),
+    ("attention_channels", "critical_channels", number(0)),
     ("dense_preference", "key", halved(2)),
     ("dense_preference", "key", lambda x: x[:, :0]),
     ("dense_preference", "query", lambda x: x[:0]),
@@ -345,6 +392,7 @@ VALUES = [
     ("rerank_topk", "block_table", lambda x: x + 1_000, "candidates"),
     ("retrieve_onebit", "block_table", lambda x: x + 1_000, "block_table"),
     ("sparse_decode_attention", "indices", lambda x: x + 10_000, "indices"),
+    ("attention_channels", "block_table", lambda x: x + 1_000, "block_table"),
 ]
 
 

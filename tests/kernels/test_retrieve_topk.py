@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from vllm_tailorkv.kernels import composed, ops, plain
-from vllm_tailorkv.layout import DerivedKind
+from vllm_tailorkv.kernels import composed, dispatch, ops, plain
+from vllm_tailorkv.kernels import triton as triton_module
+from vllm_tailorkv.layout import DerivedKind, KeyLayout
 
 LENGTHS = [300, 1, 1000, 513]
 
@@ -71,6 +72,45 @@ def test_equals_its_steps(
             assert kept >= 0.95 * len(set(theirs.tolist()))
 
 
+@pytest.fixture
+def in_triton(monkeypatch):
+    """All ops in Triton, where it has them."""
+    monkeypatch.setenv("VLLM_TAILORKV_KERNELS", "triton")
+    dispatch.forget()
+    yield
+    monkeypatch.undo()
+    dispatch.forget()
+
+
+@pytest.mark.parametrize("kind", [DerivedKind.ONEBIT, DerivedKind.CHANNELS])
+@pytest.mark.parametrize(("k", "candidates"), [(40, 40), (40, 90), (600, 700)])
+@pytest.mark.parametrize(
+    ("dtype", "heads", "group", "softcap"),
+    [(torch.bfloat16, 2, 4, 0.0), (torch.float16, 1, 7, 20.0), (torch.float32, 2, 1, 0.0)],
+)
+def test_triton_equals_its_steps(
+    in_triton, placed, monkeypatch, build_context, kind, k, candidates, dtype, heads, group, softcap
+):
+    """It gives kernels other arguments than the steps do, and takes rows in turns."""
+    context = build_context(
+        LENGTHS, kind=kind, heads=heads, dtype=dtype, key_layout=KeyLayout.TOKEN_MAJOR
+    )
+    steps, at_once = placed(composed), placed(triton_module)
+    query = torch.randn(len(LENGTHS), heads * group, 64).to(dtype)
+    for every_head in (True, False):
+        arguments = arguments_of(context, query, kind, k, candidates, every_head, softcap)
+        monkeypatch.setattr(composed, "SCORES_BYTES", 256 << 20)
+        expected = found(steps.retrieve_topk, len(LENGTHS), heads, k, arguments)
+        monkeypatch.setattr(composed, "SCORES_BYTES", 3 * heads * arguments[-1] * 4)
+        indices = found(at_once.retrieve_topk, len(LENGTHS), heads, k, arguments)
+        if every_head or group == 1:
+            assert torch.equal(indices, expected)
+            continue
+        for mine, theirs in zip(indices.flatten(0, 1), expected.flatten(0, 1), strict=True):
+            kept = len(set(mine.tolist()) & set(theirs.tolist()))
+            assert kept >= 0.95 * len(set(theirs.tolist()))
+
+
 @pytest.mark.parametrize("kind", [DerivedKind.ONEBIT, DerivedKind.CHANNELS])
 @pytest.mark.parametrize("every_head", [True, False])
 def test_steps_look_at_no_value(monkeypatch, build_context, kind, every_head):
@@ -89,6 +129,19 @@ def test_steps_look_at_no_value(monkeypatch, build_context, kind, every_head):
 
         found(composed.retrieve_topk, len(LENGTHS), 2, 40, list(map(fake, arguments)))
         found(plain.select_topk, len(LENGTHS), 2, 40, list(map(fake, selected)))
+
+
+@pytest.mark.parametrize("kind", [DerivedKind.ONEBIT, DerivedKind.CHANNELS])
+def test_more_candidates_than_tokens(cpu, build_context, kind):
+    """As many are proposed as there are; memory is taken for no more."""
+    context = build_context(LENGTHS, kind=kind)
+    query = torch.randn(len(LENGTHS), 8, 64).to(torch.bfloat16)
+    results = []
+    for candidates in (2**31 - 1, 1000):
+        arguments = arguments_of(context, query, kind, 40, candidates, True)
+        results.append(found(cpu.retrieve_topk, len(LENGTHS), 2, 40, arguments))
+        results.append(found(composed.retrieve_topk, len(LENGTHS), 2, 40, arguments))
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_no_rows(cpu, build_context):

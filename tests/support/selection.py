@@ -39,7 +39,7 @@ def make_layer(
     groups = torch.tensor([b * 2 + g for b in table[0].tolist() for g in (0, 1)][: LENGTH // 64])
     ops.quantize_groups(groups, host.key, host.value, derived)
     config = load_config({"index": "onebit", **OPTIONS, **options})
-    layer = Layer(Pages(host, derived), config, 0.125, 0.0, Workspace())
+    layer = Layer(Pages(host, derived), config, 0.125, 0.0, Workspace(torch.device("cpu")))
     lengths = torch.tensor([LENGTH], dtype=torch.int32)
     rows = DecodeRows(
         slice(0, len(lengths)), lengths, table, torch.tensor([TAIL], dtype=torch.int32), TAIL

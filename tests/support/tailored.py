@@ -1,7 +1,7 @@
 """How tests make the tailored ops serve short contexts, and see that they did.
 
 All that is known of the way there is in this file: contexts up to `TailorKVConfig.exact_below`
-are left to vLLM's op, and the layers call two ops of `vllm_tailorkv.kernels.ops` by name.
+are left to vLLM's op, and the layers call three ops of `vllm_tailorkv.kernels.ops` by name.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,8 +56,10 @@ def tailored_ops(exact_below: int = 0) -> Iterator[Rows]:
 
     def counting(kind: str, original: Callable[..., None]) -> Callable[..., None]:
         def op(output: Any, query: Any, *rest: Any, **named: Any) -> None:
-            setattr(rows, kind, getattr(rows, kind) + len(query))
+            before = getattr(rows, kind)
             original(output, query, *rest, **named)
+            # Once, also where one of them is made of the other.
+            setattr(rows, kind, before + len(query))
 
         return op
 
@@ -65,6 +67,8 @@ def tailored_ops(exact_below: int = 0) -> Iterator[Rows]:
         patch.setattr(TailorKVConfig, "exact_below", property(lambda config: exact_below))
         for kind, name in [
             ("dense", "quantized_decode_attention"),
+            ("sparse", "retrieve_attention"),
+            # Where a test puts another selector in place of ours.
             ("sparse", "sparse_decode_attention"),
         ]:
             patch.setattr(impl.ops, name, counting(kind, getattr(impl.ops, name)))

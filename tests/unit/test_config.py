@@ -190,7 +190,7 @@ def test_refused(options: Any, words: list[str]) -> None:
 @pytest.mark.parametrize(
     "profile",
     [
-        *(3, [0, 1], {"dens_layers": [0]}, {"dense_layers": "ab"}),
+        *("", 3, [0, 1], {"dens_layers": [0]}, {"dense_layers": "ab"}),
         *({"dense_layers": [0], "layers": 2}, {"dense_layers": [True]}, {"dense_layers": ["1"]}),
     ],
     ids=str,

@@ -84,7 +84,7 @@ def test_a_gpu_reads_rows_over_the_bus() -> None:
 
 
 def test_placements_by_device() -> None:
-    with pytest.raises(TailorKVError, match='placement="joint".*device memory'):
+    with pytest.raises(TailorKVError, match=r'placement="joint".*device memory'):
         make_plan({"placement": "joint"}, MODEL, device="cuda", host_memory=1 << 30)
     with pytest.raises(TailorKVError, match='host_pool_gib=4 needs placement="split", is "auto"'):
         make_plan({"host_pool_gib": 4}, MODEL)

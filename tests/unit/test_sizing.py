@@ -17,6 +17,7 @@ from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.layout import DerivedKind, PageLayout
 
 BLOCKS = 5
+CPU = torch.device("cpu")
 
 
 def layout_of(kind: DerivedKind, bits: int = 2) -> PageLayout:
@@ -78,7 +79,7 @@ def test_bytes_are_those_of_the_tensors() -> None:
     sizing = size_cache(LAYOUTS, 0, split=True)
     host_bytes = derived_bytes = 0
     for layout in LAYOUTS.values():
-        host = allocate_host_pool(BLOCKS, layout)
+        host = allocate_host_pool(BLOCKS, layout, CPU).pages
         assert host.dtype == torch.uint8
         assert not host.any()
         pages = host_pages(host, layout, torch.bfloat16)
@@ -112,7 +113,7 @@ def test_host_pool_beyond_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", no_memory)
     with pytest.raises(TailorKVError, match=r"0\.00 GiB .*lower host_pool_gib"):
-        allocate_host_pool(BLOCKS, LAYOUTS[0])
+        allocate_host_pool(BLOCKS, LAYOUTS[0], CPU)
 
 
 def test_other_errors_of_the_host_pool_are_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +122,7 @@ def test_other_errors_of_the_host_pool_are_what_they_are(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch, "empty", broken)
     with pytest.raises(RuntimeError, match="of another kind"):
-        allocate_host_pool(BLOCKS, LAYOUTS[0])
+        allocate_host_pool(BLOCKS, LAYOUTS[0], CPU)
 
 
 def spec_of(layout: PageLayout, *, split: bool) -> TailorKVSpec:

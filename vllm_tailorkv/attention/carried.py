@@ -16,6 +16,9 @@ from vllm_tailorkv.profile import ModelShape
 SECTION = "tailorkv"
 """The key of our options in `--additional-config`."""
 
+FULL_ATTENTION = "full_attention"
+"""vLLM's name for the layers that we serve, in `backend_per_kind`."""
+
 _CARRIED = "tailorkv_plan"
 _OF = "tailorkv_plan_of"
 """The options that the plan was made of: where they differ, it is another engine's."""
@@ -27,8 +30,17 @@ _EXAMPLE = """--additional-config '{"tailorkv": {"topk_tokens": 256}}'"""
 def is_selected(vllm_config: VllmConfig) -> bool:
     """Whether our backend was asked for, for all layers or for some kind of them."""
     attention = vllm_config.attention_config
-    asked = [attention.backend, *attention.backend_per_kind.values()]
-    return any(backend is not None and backend.name == NAME for backend in asked)
+    return any(map(_is_ours, [attention.backend, *attention.backend_per_kind.values()]))
+
+
+def has_full_attention(vllm_config: VllmConfig) -> bool:
+    """Whether our backend was asked for where it can serve: in layers with full attention."""
+    attention = vllm_config.attention_config
+    return _is_ours(attention.backend_per_kind.get(FULL_ATTENTION, attention.backend))
+
+
+def _is_ours(backend: Any) -> bool:
+    return backend is not None and backend.name == NAME
 
 
 def refuse_unread_variable() -> None:

@@ -73,7 +73,7 @@ class CpuBatch:
         self.spec = spec
         self.config = config
         self.num_heads = num_heads
-        self.workspace = Workspace()
+        self.workspace = Workspace(torch.device("cpu"))
 
     def build(self, common: CommonAttentionMetadata) -> TailorKVMetadata:
         """See `AttentionMetadataBuilder.build`."""

@@ -36,7 +36,7 @@ class GpuBatch:
         self.config = config
         self.device = device
         self.staging = staging
-        self.workspace = Workspace()
+        self.workspace = Workspace(device)
         rows = max(
             vllm_config.scheduler_config.max_num_seqs,
             vllm_config.compilation_config.max_cudagraph_capture_size or 0,

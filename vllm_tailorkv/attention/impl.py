@@ -12,11 +12,18 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 from vllm_tailorkv.attention.carried import plan_of
 from vllm_tailorkv.attention.metadata import DecodeRows, Step, TailorKVMetadata
 from vllm_tailorkv.attention.name import LOGGER, OTHER_BACKEND
-from vllm_tailorkv.attention.selection import Layer, Pages, Selector, retrieve
+from vllm_tailorkv.attention.selection import (
+    Layer,
+    Pages,
+    Selector,
+    attend_retrieved,
+    attend_selected,
+    retrieve,
+)
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.attention.staged import Staging
 from vllm_tailorkv.attention.varlen import Asked, choose_varlen
-from vllm_tailorkv.cache.host_pool import allocate_host_pool
+from vllm_tailorkv.cache.host_pool import HostPool, allocate_host_pool
 from vllm_tailorkv.cache.huge_pages import advise_huge_pages
 from vllm_tailorkv.cache.views import derived_pages, host_pages
 from vllm_tailorkv.errors import TailorKVError
@@ -29,6 +36,9 @@ logger = init_logger(LOGGER)
 
 class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
     """Exact attention for prompts and short contexts, tailored attention for decode steps."""
+
+    _unbind: Callable[[], object] = staticmethod(lambda: None)
+    """Lets go of the pages; once, and also when vLLM drops its tensor."""
 
     @noted
     def __init__(
@@ -90,7 +100,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         Raises:
             TailorKVError: the layer never asked for pages of ours.
         """
-        self.pages = None
+        self._unbind()
         if kv_cache.numel() == 0:
             return
         if self.spec is None:
@@ -103,19 +113,21 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         raw = kv_cache.flatten(1).view(torch.uint8)
         if reason := advise_huge_pages(raw):
             logger.info_once("TailorKV: vLLM's cache keeps small pages: %s.", reason)
+        pool = None
         if self.spec.split:
-            host = allocate_host_pool(len(raw), layout)
-            derived = raw
+            pool = allocate_host_pool(len(raw), layout, raw.device)
+            host, derived = pool.pages, raw
         else:
             host, derived = raw[:, : layout.host_bytes], raw[:, layout.host_bytes :]
         derived = derived[:, : layout.derived_bytes]
         self.pages = Pages(host_pages(host, layout, dtype), derived_pages(derived, layout, dtype))
         # vLLM frees a cache by dropping the tensor; our views must not keep it alive.
-        weakref.finalize(kv_cache, self._release, self.pages)
+        self._unbind = weakref.finalize(kv_cache, self._release, pool)
 
-    def _release(self, pages: Pages) -> None:
-        if self.pages is pages:
-            self.pages = None
+    def _release(self, pool: HostPool | None) -> None:
+        self.pages = None
+        if pool is not None:
+            pool.release()
 
     def forward(
         self,
@@ -140,8 +152,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         """
         if attn_metadata is None:
             if self.staging is not None:
-                # What a step takes, so that vLLM's measure of memory sees it.
-                self.staging.buffer(query.device)
+                self.staging.reserve(query.device)
             return output
         assert self.pages is not None
         host, derived = self.pages.host, self.pages.derived
@@ -189,20 +200,10 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             )
         else:
             layer = Layer(self.pages, self.config, self.scale, self.softcap, metadata.workspace)
-            indices = self.selector(query, layer, rows)
-            ops.sparse_decode_attention(
-                result,
-                query,
-                host.gathered_key,
-                host.value,
-                indices,
-                rows.block_table,
-                rows.seq_lens,
-                rows.tail_start,
-                sink_tokens=self.config.sink_tokens,
-                scale=self.scale,
-                softcap=self.softcap,
-            )
+            if self.selector is retrieve:
+                attend_retrieved(result, query, layer, rows)
+            else:
+                attend_selected(result, query, self.selector(query, layer, rows), layer, rows)
         if metadata.guard is not None:
             layer = Layer(self.pages, self.config, self.scale, self.softcap, metadata.workspace)
             metadata.guard.look(self.layer_name, layer, query, result, rows, self.selector)

@@ -3,7 +3,7 @@
 from vllm.config import VllmConfig
 
 from vllm_tailorkv.attention.budget import blocks_of_one_request
-from vllm_tailorkv.attention.carried import is_selected
+from vllm_tailorkv.attention.carried import FULL_ATTENTION, has_full_attention, is_selected
 from vllm_tailorkv.attention.memory import available_memory, local_workers
 from vllm_tailorkv.attention.name import OTHER_BACKEND
 from vllm_tailorkv.cache.sizing import CacheSizing
@@ -88,16 +88,24 @@ def check_budgets(vllm_config: VllmConfig, plan: Plan, sizing: CacheSizing | Non
 
 
 def require_a_layer(vllm_config: VllmConfig) -> None:
-    """Refuse a model none of whose layers is ours, if our backend was asked for.
+    """Refuse to serve without a layer that is ours, if our backend was asked for.
 
     Raises:
-        TailorKVError: all its layers have a sliding window.
+        TailorKVError: all layers have a sliding window, or the others were given to another
+            backend.
     """
-    if is_selected(vllm_config):
+    if not is_selected(vllm_config):
+        return
+    if not has_full_attention(vllm_config):
         raise TailorKVError(
-            f"--attention-backend tailorkv: {vllm_config.model_config.model} has no layer with "
-            f"full attention (sliding windows are left to vLLM); {OTHER_BACKEND}"
+            "--attention-config backend_per_kind gives layers with full attention to another "
+            "backend than tailorkv, and sliding windows are left to vLLM: no layer would be ours; "
+            f"give it {FULL_ATTENTION}=TAILORKV, or --attention-backend tailorkv alone"
         )
+    raise TailorKVError(
+        f"--attention-backend tailorkv: {vllm_config.model_config.model} has no layer with "
+        f"full attention (sliding windows are left to vLLM); {OTHER_BACKEND}"
+    )
 
 
 def require_pool_blocks(plan: Plan, sizing: CacheSizing, num_blocks: int) -> None:

@@ -1,7 +1,7 @@
 """Which tokens a sparse layer reads in a decode step (section 3.3 of the paper)."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -52,9 +52,9 @@ class Selector(Protocol):
 
 def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tensor:
     """Propose middle tokens by the layer's index, take those that weigh most. See `Selector`."""
-    host, index, config = layer.pages.host, layer.pages.derived, layer.config
+    host, index = layer.pages.host, layer.pages.derived
     assert not isinstance(index, DenseCodes)
-    shape = (len(query), host.key.shape[1], config.topk_tokens)
+    shape = (len(query), host.key.shape[1], layer.config.topk_tokens)
     indices = layer.workspace.get("indices", shape, torch.int32)
     ops.retrieve_topk(
         indices,
@@ -65,16 +65,77 @@ def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tenso
         rows.block_table,
         rows.seq_lens,
         rows.tail_start,
-        sink_tokens=config.sink_tokens,
-        critical_channels=config.critical_channels,
-        candidates=config.candidate_tokens,
-        channels=_ranked_channels(host.gathered_key),
-        every_head=config.query_reduce == "max",
-        scale=layer.scale,
-        softcap=layer.softcap,
-        max_tail_start=max(0, rows.max_tail_start),
+        **_options(layer, rows),
     )
     return indices
+
+
+def attend_retrieved(
+    output: torch.Tensor, query: torch.Tensor, layer: Layer, rows: DecodeRows
+) -> None:
+    """Attend to sinks, what `retrieve` finds, and the tail, in one op.
+
+    Args:
+        output, query: [R, H, d], the model's dtype.
+    """
+    host, index = layer.pages.host, layer.pages.derived
+    assert not isinstance(index, DenseCodes)
+    ops.retrieve_attention(
+        output,
+        query,
+        index,
+        host.key,
+        host.gathered_key,
+        host.value,
+        rows.block_table,
+        rows.seq_lens,
+        rows.tail_start,
+        topk=layer.config.topk_tokens,
+        **_options(layer, rows),
+    )
+
+
+def attend_selected(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    indices: torch.Tensor,
+    layer: Layer,
+    rows: DecodeRows,
+) -> None:
+    """Attend to sinks, what a `Selector` has chosen, and the tail.
+
+    Args:
+        output, query: [R, H, d], the model's dtype.
+        indices: int32 [R, Hk, k].
+    """
+    ops.sparse_decode_attention(
+        output,
+        query,
+        layer.pages.host.gathered_key,
+        layer.pages.host.value,
+        indices,
+        rows.block_table,
+        rows.seq_lens,
+        rows.tail_start,
+        sink_tokens=layer.config.sink_tokens,
+        scale=layer.scale,
+        softcap=layer.softcap,
+    )
+
+
+def _options(layer: Layer, rows: DecodeRows) -> dict[str, Any]:
+    """How tokens are found: what both ops that do it take by name."""
+    config = layer.config
+    return {
+        "sink_tokens": config.sink_tokens,
+        "critical_channels": config.critical_channels,
+        "candidates": config.candidate_tokens,
+        "channels": _ranked_channels(layer.pages.host.gathered_key),
+        "every_head": config.query_reduce == "max",
+        "scale": layer.scale,
+        "softcap": layer.softcap,
+        "max_tail_start": max(0, rows.max_tail_start),
+    }
 
 
 def _ranked_channels(key: torch.Tensor) -> int:

@@ -7,6 +7,7 @@ beyond the buffer is staged piece by piece, and the results are merged.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch.nn.functional import pad
@@ -18,6 +19,7 @@ from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 from vllm_tailorkv.attention.metadata import Step
 from vllm_tailorkv.attention.varlen import Call, Contexts, Varlen
 from vllm_tailorkv.kernels import ops
+from vllm_tailorkv.kernels.composed import SCORES_BYTES
 
 STAGING_BYTES = 512 << 20
 """Of the buffer, where the attention op can merge pieces; else it holds the longest context."""
@@ -74,6 +76,8 @@ class Staging:
         self.row = (num_kv_heads, head_size)
         self.dtype = dtype
         longest = vllm_config.model_config.max_model_len
+        rows = vllm_config.scheduler_config.max_num_seqs
+        self._scores_bytes = min(SCORES_BYTES, 4 * rows * num_kv_heads * longest)
         self.capacity: int = longest
         """Tokens of the buffer."""
         if varlen.merges:
@@ -85,6 +89,11 @@ class Staging:
     def buffer(self, device: torch.device) -> torch.Tensor:
         """For K and V [2, capacity, Hk, d]; one size, so that torch hands out the same memory."""
         return torch.empty(2, self.capacity, *self.row, dtype=self.dtype, device=device)
+
+    def reserve(self, device: torch.device) -> None:
+        """Take once, and let go of, what a step takes: vLLM's measure of memory sees it so."""
+        buffer = 2 * self.capacity * prod(self.row) * self.dtype.itemsize
+        torch.empty(max(buffer, self._scores_bytes), dtype=torch.uint8, device=device)
 
     def plan(
         self,

@@ -8,7 +8,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_tailorkv.attention.budget import expected_sizing
-from vllm_tailorkv.attention.carried import carry_plan
+from vllm_tailorkv.attention.carried import carry_plan, has_full_attention
 from vllm_tailorkv.attention.limits import check_budgets, require_a_layer
 from vllm_tailorkv.attention.name import LOGGER, OTHER_BACKEND
 from vllm_tailorkv.attention.report import tell_plan
@@ -136,7 +136,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     _check_attention(model)
     kinds = getattr(model.hf_text_config, "layer_types", None) or []
     windowed = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
-    if kinds and len(windowed) == len(kinds):
+    if not has_full_attention(vllm_config) or (kinds and len(windowed) == len(kinds)):
         require_a_layer(vllm_config)
     _check_cache_scheme(model, cache_dtype)
     _check_cache_dtype(cache_dtype, model.dtype)

@@ -6,13 +6,19 @@ import torch
 
 
 class Workspace:
-    """Buffers that grow and are handed out anew in every call."""
+    """Buffers that grow and are handed out anew in every call.
 
-    def __init__(self) -> None:
+    On a GPU they are torch's: it keeps memory itself, and a CUDA graph must own what it writes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._buffers: dict[str, torch.Tensor] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised contiguous tensor, valid until the next call with this name."""
+        if self._device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=self._device)
         size = prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size or buffer.dtype != dtype:

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from vllm_tailorkv.arguments import json_object
 from vllm_tailorkv.demo import model, report
 from vllm_tailorkv.demo.checkpoint import Checkpoint, read_checkpoint
 from vllm_tailorkv.demo.client import AnswerT, Measurement, OnWait, measure, measure_chat
@@ -103,7 +104,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--needles", type=int, default=8, metavar="N", help="facts hidden in it (%(default)s)"
     )
     parser.add_argument(
-        "--config", type=_json_object, metavar="JSON", help="options of tailorkv, a JSON object"
+        "--config", type=json_object, metavar="JSON", help="options of tailorkv, a JSON object"
     )
     parser.add_argument(
         "--port", type=int, default=0, help="port of the server; 0, the default: any free one"
@@ -151,16 +152,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             f"--max-tokens must be from 1 to {_SLACK_TOKENS // 2}, is {options.max_tokens}"
         )
     return options
-
-
-def _json_object(text: str) -> dict[str, object]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return value
 
 
 @dataclass(frozen=True)

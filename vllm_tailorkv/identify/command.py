@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from vllm_tailorkv.arguments import json_object
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.identify.prompt import build_prompt
 from vllm_tailorkv.identify.report import print_scores
@@ -116,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     engine.add_argument(
         "--engine-args",
-        type=_json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help="any other arguments of vLLM's LLM class, for instance "
@@ -144,16 +145,6 @@ def _beta(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
     return value
 
 

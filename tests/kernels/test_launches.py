@@ -1,0 +1,84 @@
+"""Kernels that a layer's decode step launches: each costs a microsecond or more, in a graph too."""
+
+import pytest
+import torch
+from launches import launches
+
+from vllm_tailorkv.cache.views import derived_pages, host_pages
+from vllm_tailorkv.kernels import cuda, ops
+from vllm_tailorkv.kernels.types import DenseCodes
+from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
+
+HEADS, SIZE, BLOCK, LONGEST = 32, 128, 64, 131072
+
+
+def built() -> bool:
+    try:
+        cuda.load()
+    except ImportError:
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not built(), reason="no CUDA extension")
+
+
+def step(kind: DerivedKind, rows: int, per_head: int, every_head: bool, candidates: int) -> None:
+    """All ops of one layer's decode step."""
+    heads = HEADS // per_head
+    layout = PageLayout(kind, heads, SIZE, BLOCK, BLOCK, 1, 2, KeyLayout.TOKEN_MAJOR)
+    blocks = 4 * LONGEST // BLOCK
+
+    def ints(*shape, dtype=torch.int32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    host = host_pages(ints(blocks, layout.host_bytes, dtype=torch.uint8), layout, torch.bfloat16)
+    derived = derived_pages(
+        ints(blocks, layout.derived_bytes, dtype=torch.uint8), layout, torch.bfloat16
+    )
+    query, output = (ints(rows, HEADS, SIZE, dtype=torch.bfloat16) for _ in range(2))
+    key, value = (ints(rows, heads, SIZE, dtype=torch.bfloat16) for _ in range(2))
+    slots, groups = (ints(rows, dtype=torch.int64) for _ in range(2))
+    table, lengths, tail = ints(rows, LONGEST // BLOCK), ints(rows), ints(rows)
+    ops.write_kv(key, value, host.key, host.value, slots)
+    ops.quantize_groups(groups, host.key, host.value, derived)
+    pages = (output, query, host.key, host.value)
+    if isinstance(derived, DenseCodes):
+        ops.quantized_decode_attention(*pages, derived, table, lengths, tail, scale=0.1)
+        return
+    indices = ints(rows, heads, 504)
+    ops.retrieve_topk(
+        indices,
+        query,
+        derived,
+        host.key,
+        host.key,
+        table,
+        lengths,
+        tail,
+        sink_tokens=8,
+        critical_channels=48,
+        candidates=candidates,
+        channels=SIZE,
+        every_head=every_head,
+        scale=0.1,
+        max_tail_start=LONGEST,
+    )
+    ops.sparse_decode_attention(*pages, indices, table, lengths, tail, sink_tokens=8, scale=0.1)
+
+
+@pytest.fixture
+def count(monkeypatch):
+    def run(*arguments):
+        with launches(monkeypatch) as names:
+            step(*arguments)  # makes what later steps find
+            names.clear()
+            step(*arguments)
+        return names
+
+    return run
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_dense(count, rows):
+    assert len(count(DerivedKind.DENSE, rows, 4, True, 0)) <= 4
