@@ -118,7 +118,9 @@ def test_dense_layers_lose_by_their_codes() -> None:
         page[blocks].nan_to_num() for page in (sparse.pages.host.key, sparse.pages.host.value)
     )
     ops.quantize_groups(torch.tensor([6, 7, 0, 1, 8, 9]), host.key, host.value, derived)
-    layer = Layer(Pages(host, derived), sparse.config, sparse.scale, 0.0, Workspace())
+    layer = Layer(
+        Pages(host, derived), sparse.config, sparse.scale, 0.0, Workspace(torch.device("cpu"))
+    )
     errors = []
     for start in (0, 384):
         tails = torch.tensor([start], dtype=torch.int32)
