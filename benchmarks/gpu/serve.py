@@ -67,31 +67,55 @@ SHARE_ON_DEVICE = 0.05
 """Of the bytes of K and V in full precision, what the device may hold at most."""
 GRACE = 20
 """Seconds that a process may take beyond its own deadline before it is killed."""
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What differs between a GPU and a rehearsal.
 
-    beyond: more tokens than any context has.
+    pool_gib: of the pool alone; engine_pool_gib: of the pool of a small model's engine.
+    layers, beyond, chunk, cache_bytes: of small models, with more tokens than any context has.
+    speed_chunk, warm_steps, output_tokens: of speed; steps that do not count, and those that do.
     """
 
     pool_gib: float
+    engine_pool_gib: float
     layers: int
+    block: int
     beyond: int
-    pool_of_engine_gib: float
-    cache_bytes: int
     chunk: int
+    cache_bytes: int
+    speed_chunk: int
     warm_steps: int
     output_tokens: int
-    speed_chunk: int
 
 
-ON_GPU = Sizes(8, 4, 1024, 2, GIB, 128, 3, 48, 8192)
-TINY = Sizes(1 / 32, 2, 256, 0.05, 64 << 20, 100, 1, 2, 256)
+ON_GPU = Sizes(
+    pool_gib=8,
+    engine_pool_gib=2,
+    layers=4,
+    block=128,
+    beyond=1024,
+    chunk=128,
+    cache_bytes=1 << 30,
+    speed_chunk=8192,
+    warm_steps=3,
+    output_tokens=48,
+)
+TINY = Sizes(
+    pool_gib=1 / 32,
+    engine_pool_gib=0.05,
+    layers=2,
+    block=64,
+    beyond=128,
+    chunk=32,
+    cache_bytes=64 << 20,
+    speed_chunk=256,
+    warm_steps=1,
+    output_tokens=2,
+)
 TINY_MODEL = Model(256, 256, 2, 4, 2, 320)
-TINY_CASES = "96x1,130x2"
+TINY_CASES = "40x1,70x2"
 
 
 class Step:
@@ -244,7 +268,7 @@ class Answers:
     def __init__(self, step: Step, model: Path) -> None:
         self.step = step
         self.model = model
-        self.batches = workload(step.args.rehearse)
+        self.batches = workload(step.sizes.block, step.args.rehearse)
         self.folder = step.args.out / "engines"
         self.folder.mkdir(exist_ok=True)
 
@@ -312,7 +336,7 @@ class Answers:
         if variant == "peer":
             values |= {} if rehearse else {"attention_backend": "FLASH_ATTN"}
             return {"kind": "tokens", "engine": values, "batches": self.batches}
-        values |= ours(options_of(variant, sizes.beyond), sizes.pool_of_engine_gib)
+        values |= ours(options_of(variant, sizes.beyond), sizes.block, sizes.engine_pool_gib)
         return {
             "kind": "tokens",
             "engine": values,
@@ -336,12 +360,12 @@ class Answers:
         self.step.write(case=case, **summary, failures=failures)
 
 
-def ours(options: dict[str, Any], pool_gib: float | None) -> dict[str, Any]:
+def ours(options: dict[str, Any], block: int, pool_gib: float | None) -> dict[str, Any]:
     """Arguments of an engine that tailorkv serves."""
     size = {} if pool_gib is None else {"host_pool_gib": pool_gib}
     return {
         "attention_backend": "tailorkv",
-        "block_size": 128,
+        "block_size": block,
         "additional_config": {"tailorkv": options | size},
     }
 
@@ -444,7 +468,7 @@ def measure_engine(
         total = step.settings["hardware"]["gpu_memory_mib"] / 1024
         values["gpu_memory_utilization"] = round(args.device_gib / total, 4) if mine else 0.92
     if mine:
-        values |= ours({}, sizes.pool_of_engine_gib if args.rehearse else None)
+        values |= ours({}, sizes.block, sizes.engine_pool_gib if args.rehearse else None)
     elif not args.rehearse:
         values["attention_backend"] = "FLASH_ATTN"
         if name == "fp8":

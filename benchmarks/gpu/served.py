@@ -46,13 +46,17 @@ def random_tokens(length: int, seed: int, vocabulary: int = 320) -> list[int]:
     return [numbers.randrange(2, vocabulary) for _ in range(length)]
 
 
-def workload(tiny: bool) -> dict[str, dict[str, Any]]:
+def workload(block: int, tiny: bool) -> dict[str, dict[str, Any]]:
     """Batches by name: one request, three (which a graph pads), eight, and hits of prefixes.
 
-    Contexts grow past groups of 64 tokens and blocks of 128.
+    Contexts grow past groups and blocks.
+
+    Args:
+        block: tokens of a block.
+        tiny: for a rehearsal; every token of a prompt costs it a tenth of a second.
     """
     if tiny:
-        lengths = {"alone": [126], "three": [60, 20, 140], "eight": [3, 5, 9, 17, 31, 33, 40, 64]}
+        lengths = {"alone": [62], "three": [30, 10, 70], "eight": [2, 3, 5, 7, 9, 11, 13, 17]}
         steps, more = {"alone": 4}, 2
     else:
         lengths = {
@@ -66,7 +70,7 @@ def workload(tiny: bool) -> dict[str, dict[str, Any]]:
         for i, (name, of) in enumerate(lengths.items())
     }
     longest = batches["three"][-1]
-    kept = longest[: len(longest) // 128 * 128]
+    kept = longest[: len(longest) // block * block]
     # The second has one token beside what is cached.
     batches["hits"] = [kept + random_tokens(n, 900 + n) for n in (8, 1)]
     return {

@@ -44,8 +44,8 @@ def test_too_little_to_compare():
 
 
 def test_contexts_are_shorter_than_what_options_are_for():
-    for tiny, beyond in ((True, 256), (False, 1024)):
-        for batch in workload(tiny).values():
+    for tiny, block, beyond in ((True, 64, 128), (False, 128, 1024)):
+        for batch in workload(block, tiny).values():
             assert max(map(len, batch["prompts"])) + batch["tokens"] < beyond
         config = TailorKVConfig(**options_of("exact", beyond))
         assert config.exact_below >= beyond
