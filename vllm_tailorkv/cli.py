@@ -15,6 +15,8 @@ examples:
       every option with its default and its environment variable
   vllm-tailorkv identify ./my-model --plot scores.png
       measure which layers are dense; the profile goes beside the model
+  vllm-tailorkv plan ./my-model --device-gib 24 --host-gib 64
+      what fits on a GPU, or with --cpu on a server without one
   vllm-tailorkv demo --tokens 32768
       hide needles in a long real text and ask for them through a server
 
@@ -66,6 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "identify", help="find the dense layers of a model (see identify --help)", add_help=False
     )
+    commands.add_parser(
+        "plan",
+        help="say what fits into a machine's memory (see plan --help)",
+        add_help=False,
+    )
     commands.add_parser("demo", help="run the demo (see demo --help)", add_help=False)
     parsed, rest = parser.parse_known_args(arguments)
     if parsed.command == "demo":
@@ -76,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from vllm_tailorkv.identify import command  # noqa: PLC0415
 
         return command.main(rest)
+    if parsed.command == "plan":
+        from vllm_tailorkv.capacity import command as plan  # noqa: PLC0415
+
+        return plan.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if parsed.command == "options":
