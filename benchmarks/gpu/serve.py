@@ -240,13 +240,14 @@ def ops(step: Step) -> None:
     command += ["--rehearse"] if step.args.rehearse else []
     folder = step.args.out / "ops"
     values = os.environ | {"PYTHON": sys.executable, "SECONDS_IN_ALL": str(int(step.left))}
+    process = subprocess.Popen([*command, str(folder)], env=values, start_new_session=True)
     try:
-        done = subprocess.run(
-            [*command, str(folder)], env=values, timeout=step.left + GRACE, check=False
-        )
-        failures = [f"run.sh ended with {done.returncode}"] if done.returncode else []
+        status = process.wait(step.left + GRACE)
+        failures = [f"run.sh ended with {status}"] if status else []
     except subprocess.TimeoutExpired:
         failures = ["run.sh did not end in time"]
+    finally:
+        stop(process)
     step.write(case="run.sh", results=folder.name, failures=failures)
 
 
