@@ -115,6 +115,8 @@ TINY = Sizes(
     output_tokens=2,
 )
 TINY_MODEL = Model(256, 256, 2, 4, 2, 320)
+# Below the contexts, so that tokens are selected.
+TINY_BUDGET = {"topk_tokens": 8, "recent_tokens": 16}
 TINY_CASES = "40x1,70x2"
 
 
@@ -406,7 +408,8 @@ def speed(step: Step) -> None:
     args, settings = step.args, step.settings
     shape = "tiny" if args.rehearse else "llama-3.1-8b"
     settings |= {"shape": shape, "device_gib": args.device_gib}
-    kept = kept_records(step.path, settings) if step.path.is_file() else []
+    remedy = "give another folder as --out, or remove it"
+    kept = kept_records(step.path, settings, remedy) if step.path.is_file() else []
     model = TINY_MODEL if args.rehearse else MODELS[shape]
     cases = speed_cases(args.cases, step.sizes)
     # By this name the published profile is found.
@@ -469,7 +472,8 @@ def measure_engine(
         total = step.settings["hardware"]["gpu_memory_mib"] / 1024
         values["gpu_memory_utilization"] = round(args.device_gib / total, 4) if mine else 0.92
     if mine:
-        values |= ours({}, sizes.block, sizes.engine_pool_gib if args.rehearse else None)
+        budget, pool_gib = (TINY_BUDGET, sizes.engine_pool_gib) if args.rehearse else ({}, None)
+        values |= ours(budget, sizes.block, pool_gib)
     elif not args.rehearse:
         values["attention_backend"] = "FLASH_ATTN"
         if name == "fp8":
@@ -583,6 +587,7 @@ def arguments() -> argparse.Namespace:
         args.dtypes = args.dtypes or ["float32"]
     args.cases = args.cases or (TINY_CASES if args.rehearse else CASES)
     for given, known in (
+        (args.dtypes or [], TOLERANCE),
         (args.variants, VARIANTS),
         (args.modes, MODES),
         (args.engines, ENGINES),
@@ -603,7 +608,7 @@ def main() -> int:
         try:
             STEPS[name](step)
         except (OSError, ValueError) as error:
-            step.fail("", [str(error)])
+            step.fail("stopped", [str(error)])
         print(f"== {args.seconds - step.left:4.0f} s  {name}: done", flush=True)
         failures += step.failures
     for failure in failures:
