@@ -66,6 +66,7 @@ class Contract {
 
   void tensor(const Tensor& tensor, const char* name, ScalarType dtype, Strides strides,
               std::initializer_list<Extent> shape) const {
+    not_mixed(tensor, name);
     require(tensor.scalar_type() == dtype, name, " must be ", name_of(dtype), ", is ",
             name_of(tensor.scalar_type()));
     bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
@@ -108,6 +109,16 @@ class Contract {
   }
 
  private:
+  // Where any tensor is a meta tensor torch calls the variant that only checks: with others among
+  // them nothing would be done, and nothing said.
+  void not_mixed(const Tensor& tensor, const char* name) const {
+    const bool meta = tensor.device().type() == torch::headeronly::DeviceType::Meta;
+    const Kind kind = meta ? Kind::kMeta : Kind::kReal;
+    require(seen_ == Kind::kNone || kind == seen_, name, meta ? " is" : " is not",
+            " a meta tensor, but others are", meta ? " not" : "");
+    seen_ = kind;
+  }
+
   static std::string text_of(std::initializer_list<Extent> shape) {
     std::ostringstream text;
     const char* comma = "[";
@@ -133,7 +144,10 @@ class Contract {
     return text.str();
   }
 
+  enum class Kind { kNone, kReal, kMeta };
+
   const char* op_;
+  mutable Kind seen_ = Kind::kNone;
 };
 
 // select_topk, which both devices have.

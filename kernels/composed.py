@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from vllm_tailorkv.kernels import ops
-from vllm_tailorkv.kernels.types import TokenIndex
+from vllm_tailorkv.kernels.types import DerivedPages, TokenIndex
 
 SCORES_BYTES = 256 << 20
 """Memory for scores, at most, as long as those of one row fit: more rows take turns."""
@@ -17,6 +17,21 @@ SCORES_BYTES = 256 << 20
 def unavailable() -> str | None:
     """None: it runs wherever the ops do that it is made of."""
     return None
+
+
+def append_tokens(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    groups: torch.Tensor,
+    derived: DerivedPages,
+    fit: bool = True,
+) -> None:
+    """See `ops.append_tokens`."""
+    ops.write_kv(key, value, key_cache, value_cache, slot_mapping)
+    ops.quantize_groups(groups, key_cache, value_cache, derived, fit)
 
 
 def turns(

@@ -62,7 +62,11 @@ def unsupported(capability: tuple[int, int], archs: str) -> str | None:
 
 
 def __getattr__(op: str) -> Callable[..., Any]:
-    """The ops of `ops.py`. `select_topk`: NaN is the largest score, or the smallest if negative."""
+    """The ops of `ops.py`.
+
+    `select_topk`: NaN is the largest score, or the smallest if negative. Calls on one device must
+    come one after another, as those of one stream do: they share counters.
+    """
     return compiled(op, "CUDA", __name__)
 
 

@@ -21,6 +21,7 @@ from vllm_tailorkv.kernels.library import checked
 OPS = (
     "write_kv",
     "quantize_groups",
+    "append_tokens",
     "quantized_decode_attention",
     "log_mass",
     "score_tokens",

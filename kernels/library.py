@@ -57,6 +57,15 @@ def compiled(op: str, key: str, module: str) -> Callable[..., Any]:
     return run
 
 
+def check(op: str, *arguments: Any) -> None:
+    """Raise `RuntimeError` for arguments that break the contract of the op `op`.
+
+    Without the C++ extension nothing is checked: that is for the reference, in plain torch.
+    """
+    if _has(op, "Meta"):
+        getattr(OPS, op).default.redispatch(_META, *map(flat, arguments))
+
+
 def checked(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that checks its arguments as the op `op` does, and then runs `function`.
 

@@ -75,6 +75,28 @@ def quantize_groups(
     implementation("quantize_groups", key_cache)(groups, key_cache, value_cache, derived, fit)
 
 
+def append_tokens(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    groups: torch.Tensor,
+    derived: DerivedPages,
+    fit: bool = True,
+) -> None:
+    """`write_kv`, then `quantize_groups`, of one token a row: where it can be done, at once.
+
+    Args:
+        key, value, key_cache, value_cache, slot_mapping: as of `write_kv`.
+        groups: int64 [T]; the group that token i completes, whose last it is, or a negative one.
+        derived, fit: as of `quantize_groups`.
+    """
+    implementation("append_tokens", key_cache)(
+        key, value, key_cache, value_cache, slot_mapping, groups, derived, fit
+    )
+
+
 def quantized_decode_attention(
     output: torch.Tensor,
     query: torch.Tensor,

@@ -25,6 +25,8 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
                 limits.require_pool_room(vllm_config, plan, sizing)
                 memory[i] = sizing.memory_for_vllm(memory[i], plan.host_pool)
         configs = original(vllm_config, kv_cache_specs, memory)
+        found = zip(sizings, available_memory, strict=True)
+        report.tell_bound(vllm_config, plan, [(one, free) for one, free in found if one])
         for sizing, config in zip(sizings, configs, strict=True):
             if sizing is not None:
                 limits.require_pool_blocks(plan, sizing, config.num_blocks)

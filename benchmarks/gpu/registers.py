@@ -187,8 +187,10 @@ def calls(case: Case) -> Iterator[Callable[[], Any]]:
         lengths = torch.zeros(rows, dtype=torch.int32)
         query = torch.zeros(rows, heads * case.per_head, case.head_size, dtype=case.dtype)
         yield partial(kernels.quantize_groups, groups, host.key, host.value, derived)
+        tokens = torch.zeros(16, heads, case.head_size, dtype=case.dtype)
+        appended = (tokens, tokens, *host[:2], groups, groups, derived)
+        yield partial(kernels.append_tokens, *appended)
         if isinstance(derived, DenseCodes):
-            tokens = query.new_zeros(16, heads, case.head_size)
             yield partial(kernels.write_kv, tokens, tokens, *host[:2], groups)
             attention = (torch.empty_like(query), query, *host[:2], derived, table, lengths)
             yield partial(kernels.quantized_decode_attention, *attention, lengths, 0.1, 0.0)
@@ -198,6 +200,11 @@ def calls(case: Case) -> Iterator[Callable[[], Any]]:
             continue
         scored = torch.zeros(rows, heads, case.per_head, case.head_size)
         scores = torch.zeros(rows, heads, 16 * block_size)
+        found = torch.zeros(rows, heads, 128, dtype=torch.int32)
+        for every_head in (True, False):
+            arguments = (found, query, derived, host.key, host.key, table, lengths, lengths)
+            options = (8, 8, 128, case.head_size, every_head, 0.1, 0.0, 16 * block_size)
+            yield partial(kernels.retrieve_topk, *arguments, *options)
         mass = query.new_zeros(query.shape[:2], dtype=torch.float32)
         arguments = (mass, query, host.key, table, lengths, lengths, 8, 0.1, 0.0)
         yield partial(kernels.log_mass, *arguments)

@@ -382,14 +382,44 @@ inline HeadView head_view(const Decode& op, const float* queries, const Task& ta
                   op.block_table.data + task.row * op.block_table.stride, task.head, group_heads};
 }
 
-// Merge the partial results of every row and KV head into the output. A row without tokens gets
-// zeros.
+// Merge the partial results of one row and KV head into the output. Without tokens that is zeros.
+//   partials: [parts, partial_size]
+template <class T>
+void merge_parts(const Decode& op, int64_t pair, float* partials, int64_t parts) {
+  const int64_t d = op.shape.head_size, pitch = padded(d);
+  const int64_t group_heads = op.query_heads / op.shape.kv_heads;
+  const int64_t size = partial_size(group_heads, d);
+  for (int64_t h = 0; h < group_heads; ++h) {
+    T* output = static_cast<T*>(op.output) + (pair * group_heads + h) * d;
+    float highest = -kInfinity, total = 0;
+    for (int64_t i = 0; i < parts; ++i) {
+      Partial partial = partial_at(partials + i * size, group_heads);
+      if (partial.highest[h] > highest) highest = partial.highest[h];
+    }
+    float* values = partial_at(partials, group_heads).values + h * pitch;
+    for (int64_t i = 0; i < parts; ++i) {
+      Partial partial = partial_at(partials + i * size, group_heads);
+      // A stretch may hold no token: its places for selected ones can all be empty.
+      float factor = partial.total[h] > 0 ? __builtin_expf(partial.highest[h] - highest) : 0;
+      total += factor * partial.total[h];
+      const float* from = partial.values + h * pitch;
+      F keep = splat(i == 0 ? 0.0f : 1.0f);
+      for (int64_t c = 0; c < pitch; c += W) {
+        store(values + c, fma(load(from + c), splat(factor), load(values + c) * keep));
+      }
+    }
+    for (int64_t c = 0; c < d; ++c) {
+      from_float(output + c, total > 0 ? values[c] / total : 0.0f);
+    }
+  }
+}
+
+// The same for every row and KV head.
 //   partials: [tasks.count, partial_size]
 template <class T>
 void merge(const Decode& op, const Tasks& tasks, float* partials) {
-  const int64_t d = op.shape.head_size, pitch = padded(d), heads = op.shape.kv_heads;
-  const int64_t group_heads = op.query_heads / heads, size = partial_size(group_heads, d);
-  const int64_t pairs = op.rows * heads;
+  const int64_t heads = op.shape.kv_heads, pairs = op.rows * heads;
+  const int64_t size = partial_size(op.query_heads / heads, op.shape.head_size);
   int64_t* starts = take<int64_t>(pairs + 1);
   for (int64_t pair = 0, task = 0; pair <= pairs; ++pair) {
     while (task < tasks.count && tasks.data[task].row * heads + tasks.data[task].head < pair) {
@@ -397,32 +427,9 @@ void merge(const Decode& op, const Tasks& tasks, float* partials) {
     }
     starts[pair] = task;
   }
-  auto merge_pair = [&](int64_t pair) {
-    for (int64_t h = 0; h < group_heads; ++h) {
-      T* output = static_cast<T*>(op.output) + (pair * group_heads + h) * d;
-      float highest = -kInfinity, total = 0;
-      for (int64_t i = starts[pair]; i < starts[pair + 1]; ++i) {
-        Partial partial = partial_at(partials + i * size, group_heads);
-        if (partial.highest[h] > highest) highest = partial.highest[h];
-      }
-      float* values = partial_at(partials + starts[pair] * size, group_heads).values + h * pitch;
-      for (int64_t i = starts[pair]; i < starts[pair + 1]; ++i) {
-        Partial partial = partial_at(partials + i * size, group_heads);
-        // A stretch may hold no token: its places for selected ones can all be empty.
-        float factor = partial.total[h] > 0 ? __builtin_expf(partial.highest[h] - highest) : 0;
-        total += factor * partial.total[h];
-        const float* from = partial.values + h * pitch;
-        F keep = splat(i == starts[pair] ? 0.0f : 1.0f);
-        for (int64_t c = 0; c < pitch; c += W) {
-          store(values + c, fma(load(from + c), splat(factor), load(values + c) * keep));
-        }
-      }
-      for (int64_t c = 0; c < d; ++c) {
-        from_float(output + c, total > 0 ? values[c] / total : 0.0f);
-      }
-    }
-  };
-  parallel_for(pairs, merge_pair);
+  parallel_for(pairs, [&](int64_t pair) {
+    merge_parts<T>(op, pair, partials + starts[pair] * size, starts[pair + 1] - starts[pair]);
+  });
 }
 
 }  // namespace

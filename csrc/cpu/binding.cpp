@@ -2,6 +2,7 @@
 // by shapes alone, which is all that the `Meta` variant does (what torch calls a fake, and what
 // implementations in Python are checked by), then pointers, then the kernel.
 #include <Python.h>
+#include <omp.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -396,17 +397,44 @@ int64_t longest_middle(const Retrieval& call, const Axes& axes) {
   return std::max<int64_t>(0, std::min(call.max_tail_start, room(axes)) - call.sink_tokens);
 }
 
+// There may be no room for as many tokens as a caller would have proposed.
+int64_t proposed_of(const Retrieval& call, const Axes& axes, int64_t k) {
+  return k == 0 ? 0 : std::max(k, std::min(call.candidates, longest_middle(call, axes)));
+}
+
+bool by_head(const Retrieval& call, const Axes& axes) {
+  return call.every_head && axes.H.size > axes.Hk.size;
+}
+
+RerankTopk rerank_of(const Retrieval& call, const Decode& decode, int64_t k, int64_t proposed,
+                     int32_t* indices, const int32_t* candidates, const float* mass) {
+  return {decode.dtype,
+          decode.shape,
+          decode.rows,
+          decode.query_heads,
+          static_cast<int32_t>(k),
+          static_cast<int32_t>(proposed),
+          indices,
+          candidates,
+          decode.query,
+          decode.key_cache,
+          decode.block_table,
+          mass,
+          static_cast<int32_t>(call.channels),
+          decode.scale,
+          decode.softcap};
+}
+
 // The k best middle tokens of every row and KV head.
 //   decode: its K is that which is gathered; starts: [R]; indices: [R, Hk, k]
 void retrieve(const Contract& contract, const Retrieval& call, Scored& scored, const Decode& decode,
               const int32_t* starts, int32_t* indices, int64_t k) {
   const Axes& axes = scored.axes;
   const auto sinks = static_cast<int32_t>(call.sink_tokens);
-  // There may be no room for as many tokens as a caller would have proposed.
-  const int64_t proposed = std::max(k, std::min(call.candidates, longest_middle(call, axes)));
+  const int64_t proposed = proposed_of(call, axes, k);
   const int64_t group = axes.H.size / axes.Hk.size;
-  const bool by_head = call.every_head && group > 1, reranked = proposed > k;
-  scored.Q.size = by_head ? group : 1;
+  const bool each = by_head(call, axes), reranked = proposed > k;
+  scored.Q.size = each ? group : 1;
   // One allocation for all that lies between the steps.
   const int64_t pairs = axes.R.size * axes.Hk.size, count = pairs * scored.Q.size;
   const int64_t masses = axes.R.size * axes.H.size, floats = masses + count * (axes.d.size + 1);
@@ -416,19 +444,28 @@ void retrieve(const Contract& contract, const Retrieval& call, Scored& scored, c
   float* queries = mass + masses;
   float* offsets = queries + count * axes.d.size;
   auto* found = reranked ? reinterpret_cast<int32_t*>(mass + floats) : indices;
-  if (group > 1 && (by_head || reranked)) {
+  if (group > 1 && (each || reranked)) {
     kernels().log_mass({decode, mass, sinks, starts});
   } else {
     for (int64_t i = 0; i < masses; ++i) mass[i] = -INFINITY;
   }
-  scored_queries(decode.query, decode.dtype, axes, by_head, decode.scale, mass, queries, offsets);
+  scored_queries(decode.query, decode.dtype, axes, each, decode.scale, mass, queries, offsets);
   propose(contract, score_of(contract, scored, queries, offsets, decode.block_table, starts, sinks),
           call.index, call.key_cache, call.critical_channels, found, proposed);
-  if (!reranked) return;
-  kernels().rerank_topk({decode.dtype, decode.shape, decode.rows, decode.query_heads,
-                         static_cast<int32_t>(k), static_cast<int32_t>(proposed), indices, found,
-                         decode.query, decode.key_cache, decode.block_table, mass,
-                         static_cast<int32_t>(call.channels), decode.scale, decode.softcap});
+  if (reranked) {
+    kernels().rerank_topk(rerank_of(call, decode, k, proposed, indices, found, mass));
+  }
+}
+
+// Whether threads have enough to do if none shares a row and KV head with another: the longest is
+// at most a quarter of a thread's part.
+bool is_even(const Decode& decode) {
+  int64_t total = 0, longest = 0;
+  for (int32_t row = 0; row < decode.rows; ++row) {
+    total += decode.seq_lens[row];
+    longest = std::max<int64_t>(longest, decode.seq_lens[row]);
+  }
+  return 4 * omp_get_max_threads() * longest <= total * decode.shape.kv_heads;
 }
 
 template <bool Run>
@@ -551,12 +588,24 @@ void retrieve_attention(const Tensor& output, const Tensor& query, const std::ve
                                   block_table, seq_lens, scale, softcap);
   const int32_t* starts = starts_of(contract, call, axes);
   const int64_t k = std::min(topk, longest_middle(call, axes));
+  const auto sinks = static_cast<int32_t>(sink_tokens);
+  if (is_onebit(index) && is_even(decode)) {
+    const bool each = by_head(call, axes);
+    scored.Q.size = each ? axes.H.size / axes.Hk.size : 1;
+    kernels().retrieve_attention(
+        {{decode, nullptr, sinks, starts},
+         onebit_of(contract,
+                   score_of(contract, scored, nullptr, nullptr, decode.block_table, starts, sinks),
+                   index),
+         rerank_of(call, decode, k, proposed_of(call, axes, k), nullptr, nullptr, nullptr),
+         each});
+    return;
+  }
   const Tensor found =
       torch::stable::new_empty(query, {axes.R.size, axes.Hk.size, k}, ScalarType::Int);
   auto* indices = static_cast<int32_t*>(found.data_ptr());
   retrieve(contract, call, scored, decode, starts, indices, k);
-  kernels().sparse_decode_attention(
-      {decode, indices, static_cast<int32_t>(k), static_cast<int32_t>(sink_tokens), starts});
+  kernels().sparse_decode_attention({decode, indices, static_cast<int32_t>(k), sinks, starts});
 }
 
 template <bool Run>

@@ -138,6 +138,11 @@ struct Task {
   int64_t begin, end;
 };
 
+// All of a row and KV head, whatever its length.
+inline Task task_of(int64_t pair, int64_t kv_heads) {
+  return Task{static_cast<int32_t>(pair / kv_heads), static_cast<int32_t>(pair % kv_heads), 0, 0};
+}
+
 struct Tasks {
   Task* data;
   int64_t count;

@@ -179,6 +179,15 @@ struct RerankTopk {
   float scale, softcap;
 };
 
+// All steps of retrieve_attention with a onebit index. Of what `index` and `rerank` have, the
+// queries, their offsets, candidates, indices and masses are not used: they never leave a thread.
+struct RetrieveAttention {
+  LogMass log_mass;
+  ScoreOnebit index;
+  RerankTopk rerank;
+  bool by_head;
+};
+
 struct DensePreference {
   Dtype dtype;
   int32_t queries, query_heads, kv_heads, head_size;  // n, H, Hk, d
@@ -205,6 +214,7 @@ struct Kernels {
   void (*propose_channels)(const ProposeChannels&);
   void (*rerank_topk)(const RerankTopk&);
   void (*sparse_decode_attention)(const SparseDecode&);
+  void (*retrieve_attention)(const RetrieveAttention&);
   void (*dense_preference)(const DensePreference&);
   void (*stage_rows)(const StageRows&);
 };

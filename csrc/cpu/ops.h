@@ -8,6 +8,7 @@
 #include "propose.h"
 #include "quantize.h"
 #include "rerank.h"
+#include "retrieve.h"
 #include "score.h"
 #include "sparse.h"
 #include "stage.h"
@@ -18,11 +19,12 @@
 #define TAILORKV_STRING(x) TAILORKV_STRING_OF(x)
 
 // The table of this instruction set.
-#define TAILORKV_KERNELS                                                     \
-  {TAILORKV_STRING(TAILORKV_ISA),  TAILORKV_ISA::write_kv,                   \
-   TAILORKV_ISA::quantize_groups,  TAILORKV_ISA::quantized_decode_attention, \
-   TAILORKV_ISA::log_mass,         TAILORKV_ISA::score_onebit,               \
-   TAILORKV_ISA::score_channels,   TAILORKV_ISA::select_topk,                \
-   TAILORKV_ISA::propose_onebit,   TAILORKV_ISA::propose_channels,           \
-   TAILORKV_ISA::rerank_topk,      TAILORKV_ISA::sparse_decode_attention,    \
-   TAILORKV_ISA::dense_preference, TAILORKV_ISA::stage_rows}
+#define TAILORKV_KERNELS                                                       \
+  {TAILORKV_STRING(TAILORKV_ISA),    TAILORKV_ISA::write_kv,                   \
+   TAILORKV_ISA::quantize_groups,    TAILORKV_ISA::quantized_decode_attention, \
+   TAILORKV_ISA::log_mass,           TAILORKV_ISA::score_onebit,               \
+   TAILORKV_ISA::score_channels,     TAILORKV_ISA::select_topk,                \
+   TAILORKV_ISA::propose_onebit,     TAILORKV_ISA::propose_channels,           \
+   TAILORKV_ISA::rerank_topk,        TAILORKV_ISA::sparse_decode_attention,    \
+   TAILORKV_ISA::retrieve_attention, TAILORKV_ISA::dense_preference,           \
+   TAILORKV_ISA::stage_rows}

@@ -184,6 +184,23 @@ inline void sum_weights(const RerankTopk& op, const float* mass, float* scores, 
   }
 }
 
+// The k candidates that weigh most.
+//   scores: [G, padded(C)], overwritten; ranked: [buffer_size(k)]; indices: [k]
+inline void choose_best(const RerankTopk& op, const Reranked& reranked, const float* mass,
+                        float* scores, Ranked ranked, int32_t* indices) {
+  int64_t kept = 0;
+  if (reranked.found > 0) {
+    sum_weights(op, mass, scores, reranked.found);
+    Best best(ranked, op.k, nullptr);
+    best.offer(scores, 0, reranked.found);
+    kept = best.finish();
+    for (int64_t j = 0; j < kept; ++j) {
+      indices[j] = reranked.candidates[ranked.positions[j]];
+    }
+  }
+  for (int64_t j = kept; j < op.k; ++j) indices[j] = -1;
+}
+
 template <class T>
 void rerank(const RerankTopk& op) {
   const int64_t d = op.shape.head_size, kv_heads = op.shape.kv_heads;
@@ -222,19 +239,8 @@ void rerank(const RerankTopk& op) {
   });
   Ranked buffers = take_ranked(buffer_size(k) * num_threads());
   parallel_for(pairs, [&](int64_t pair) {
-    int32_t* indices = op.indices + pair * k;
-    const int32_t* candidates = op.candidates + pair * count;
-    int64_t kept = 0;
-    if (reranked[pair].found > 0) {
-      float* weights = scores + pair * size;
-      sum_weights(op, op.mass + pair * group_heads, weights, reranked[pair].found);
-      Ranked ranked = buffers + buffer_size(k) * omp_get_thread_num();
-      Best best(ranked, k, nullptr);
-      best.offer(weights, 0, reranked[pair].found);
-      kept = best.finish();
-      for (int64_t j = 0; j < kept; ++j) indices[j] = candidates[ranked.positions[j]];
-    }
-    for (int64_t j = kept; j < k; ++j) indices[j] = -1;
+    choose_best(op, reranked[pair], op.mass + pair * group_heads, scores + pair * size,
+                buffers + buffer_size(k) * omp_get_thread_num(), op.indices + pair * k);
   });
 }
 

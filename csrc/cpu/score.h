@@ -136,12 +136,35 @@ inline void score_group(const uint8_t* codes, int64_t pitch, int64_t d, int64_t 
 // next one would come too late.
 constexpr int64_t kGroupsAhead = 2;
 
-template <class Taker>
-void score_onebit(const ScoreOnebit& op, Taker& taker) {
+// Scores of the groups of one task, given a group at a time to `give(position, scores, n)`.
+//   query: [Q, padded(d)]; extra: [Q], added
+template <class Give>
+void score_groups(const ScoreOnebit& op, const Task& task, const float* query, const float* extra,
+                  const ScoreScratch& scratch, Give give) {
   const ScoreTokens& score = op.score;
   const int64_t d = score.shape.head_size, g = score.grouping.group_size;
   const int64_t per_block = score.grouping.groups_per_block;
   const int64_t first_unit = score.sink_tokens / g;
+  const int32_t* table = table_of(score, task.row);
+  for (int64_t unit = task.begin + first_unit; unit < task.end + first_unit; ++unit) {
+    const int64_t block = table[unit / per_block], group = unit % per_block;
+    read_key_scales(op.key, block, task.head, group, d, scratch.scale, scratch.zero);
+    Ahead ahead;
+    if (const int64_t next = unit + kGroupsAhead; next < task.end + first_unit) {
+      add_key_lines(op.key, table[next / per_block], task.head, next % per_block, d, ahead);
+    }
+    score_group(at(op.key.codes, block, task.head, group), op.key.codes.item, d, g, score.queries,
+                query, extra, scratch, ahead, scratch.best);
+    const int64_t begin = larger(unit * g, score.sink_tokens);
+    const int64_t end = smaller((unit + 1) * g, score.tail_start[task.row]);
+    give(begin, scratch.best + begin - unit * g, end - begin);
+  }
+}
+
+template <class Taker>
+void score_onebit(const ScoreOnebit& op, Taker& taker) {
+  const ScoreTokens& score = op.score;
+  const int64_t d = score.shape.head_size, g = score.grouping.group_size;
   Tasks tasks = cut(score.rows, score.shape.kv_heads, 8, INT32_MAX,
                     [&](int32_t row) { return middle_units(score, row, g); });
   taker.prepare(tasks, 1);
@@ -151,25 +174,13 @@ void score_onebit(const ScoreOnebit& op, Taker& taker) {
   for (int i = 0; i < threads; ++i) scratches[i] = take_score_scratch(d, g);
   parallel_for(tasks.count, [&](int64_t i) {
     const Task& task = tasks.data[i];
-    const ScoreScratch& scratch = scratches[omp_get_thread_num()];
     const int64_t pair = static_cast<int64_t>(task.row) * score.shape.kv_heads + task.head;
-    const float* query = queries + pair * score.queries * padded(d);
     taker.open(i);
-    for (int64_t unit = task.begin + first_unit; unit < task.end + first_unit; ++unit) {
-      const int64_t block = table_of(score, task.row)[unit / per_block];
-      const int64_t group = unit % per_block;
-      read_key_scales(op.key, block, task.head, group, d, scratch.scale, scratch.zero);
-      Ahead ahead;
-      if (const int64_t next = unit + kGroupsAhead; next < task.end + first_unit) {
-        const int64_t next_block = table_of(score, task.row)[next / per_block];
-        add_key_lines(op.key, next_block, task.head, next % per_block, d, ahead);
-      }
-      score_group(at(op.key.codes, block, task.head, group), op.key.codes.item, d, g, score.queries,
-                  query, score.offset + pair * score.queries, scratch, ahead, scratch.best);
-      const int64_t begin = larger(unit * g, score.sink_tokens);
-      const int64_t end = smaller((unit + 1) * g, score.tail_start[task.row]);
-      taker.give(i, task, task.head, begin, scratch.best + begin - unit * g, end - begin);
-    }
+    score_groups(op, task, queries + pair * score.queries * padded(d),
+                 score.offset + pair * score.queries, scratches[omp_get_thread_num()],
+                 [&](int64_t position, const float* scores, int64_t n) {
+                   taker.give(i, task, task.head, position, scores, n);
+                 });
     taker.close(i);
   });
 }

@@ -30,11 +30,6 @@ class StreamLaunch {
     error_ = cudaGetLastError();
   }
 
-  void clear(void* data, int64_t bytes) {
-    if (error_ != cudaSuccess) return;
-    error_ = cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream_);
-  }
-
   const char* error() const { return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_); }
 
  private:

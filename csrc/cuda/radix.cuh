@@ -51,8 +51,8 @@ TAILORKV_HD Selection with_digit(Selection selection, int pass, uint32_t digit, 
 
 // Where the next selected token goes among a row's indices: those above the threshold are all
 // taken, of those equal to it the `wanted` first.
-TAILORKV_HD int64_t output_slot(uint32_t above, uint32_t equal, uint32_t wanted) {
-  return static_cast<int64_t>(above) + smaller(equal, wanted);
+TAILORKV_HD int32_t output_slot(uint32_t above, uint32_t equal, uint32_t wanted) {
+  return static_cast<int32_t>(above + smaller(equal, wanted));
 }
 
 // Scores are read four at a time from addresses that are multiples of 16 bytes.

@@ -17,6 +17,7 @@ from vllm_tailorkv import envs
 _MODULES = {
     "write_kv": "write",
     "quantize_groups": "quantize",
+    "append_tokens": "quantize",
     "quantized_decode_attention": "dense",
     "log_mass": "mass",
     "score_tokens": "score",

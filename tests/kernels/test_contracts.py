@@ -379,6 +379,23 @@ def test_fakes_check_the_same(arguments, case, argument, change):
         call(case, {name: fake(value) for name, value in values.items()})
 
 
+@pytest.mark.parametrize("case", OPS)
+def test_meta_tensors(arguments, case):
+    """All of them: only checked. Some: an error, where torch would check and do nothing."""
+    values = arguments(case)
+    names = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
+
+    def without_data(value: Any) -> Any:
+        if isinstance(value, list):
+            return [part.to("meta") for part in value]
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    call(case, {name: without_data(value) for name, value in values.items()})
+    for name in names:
+        with pytest.raises(RuntimeError, match=f"vllm_tailorkv::{op_of(case)}: .* meta tensor"):
+            call(case, values | {name: without_data(values[name])})
+
+
 VALUES = [
     ("write_kv", "slot_mapping", lambda x: x + 10_000, "slot_mapping"),
     ("quantize_dense", "groups", lambda x: x + 10_000, "groups"),

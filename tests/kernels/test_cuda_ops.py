@@ -114,7 +114,7 @@ def test_select_topk_in_parts(emulated, name, parts):
 def test_select_topk_with_the_threads_of_the_device(emulated):
     scores = make_scores("ties", (1, 1, 9000))
     expected = select(reference.select_topk, scores, [9000], 500, 8)
-    assert torch.equal(select(emulated.select_topk, scores, [9000], 500, 8, 2, 1024), expected)
+    assert torch.equal(select(emulated.select_topk, scores, [9000], 500, 8, 2, 512), expected)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])

@@ -40,8 +40,7 @@ def step(kind: DerivedKind, rows: int, per_head: int, every_head: bool, candidat
     key, value = (ints(rows, heads, SIZE, dtype=torch.bfloat16) for _ in range(2))
     slots, groups = (ints(rows, dtype=torch.int64) for _ in range(2))
     table, lengths, tail = ints(rows, LONGEST // BLOCK), ints(rows), ints(rows)
-    ops.write_kv(key, value, host.key, host.value, slots)
-    ops.quantize_groups(groups, host.key, host.value, derived)
+    ops.append_tokens(key, value, host.key, host.value, slots, groups, derived)
     pages = (output, query, host.key, host.value)
     if isinstance(derived, DenseCodes):
         ops.quantized_decode_attention(*pages, derived, table, lengths, tail, scale=0.1)
@@ -79,6 +78,35 @@ def count(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("rows", [1, 64])
 def test_dense(count, rows):
-    assert len(count(DerivedKind.DENSE, rows, 4, True, 0)) <= 4
+    assert count(DerivedKind.DENSE, rows, 4, True, 0) == ["_derive", "_attend_codes"]
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("every_head", [True, False])
+def test_sparse(count, rows, every_head):
+    assert count(DerivedKind.ONEBIT, rows, 4, every_head, 1008) == [
+        "_derive",
+        "_log_mass",
+        "_score_codes",
+        "select_tokens",
+        "_score_candidates",
+        "_attend_gathered",
+    ]
+
+
+def test_sparse_without_comparing_heads(count):
+    ranked = ["_derive", "_score_codes", "select_tokens", "_score_candidates", "_attend_gathered"]
+    assert count(DerivedKind.ONEBIT, 1, 1, True, 1008) == ranked
+    assert count(DerivedKind.ONEBIT, 1, 4, False, 504) == [*ranked[:3], ranked[4]]
+
+
+def test_sparse_by_channels(count):
+    """Three kernels score: extremes of channels, which of them, products."""
+    assert len(count(DerivedKind.CHANNELS, 1, 4, True, 1008)) == 8
+
+
+def test_rows_that_take_turns_score_in_turn(count):
+    """Their scores would need more than 256 MiB."""
+    assert len(count(DerivedKind.ONEBIT, 128, 4, True, 1008)) == 8

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_tailorkv.kernels import ops, reference
+from vllm_tailorkv.kernels import ops, reference, triton
 from vllm_tailorkv.layout import DerivedKind, KeyLayout
 
 CASES = [
@@ -164,6 +164,45 @@ def test_negative_groups_are_none(fast, build_cache, kind):
         reference.quantize_groups(some[some >= 0], host.key, host.value, expected.derived)
         module.quantize_groups(some, host.key, host.value, actual.derived)
         assert torch.equal(actual.raw, expected.raw)
+
+
+@pytest.mark.parametrize(("kind", "bits"), KINDS)
+@pytest.mark.parametrize(("dtype", "key_layout", "head_size", "block_size", "group_size"), CASES)
+def test_appended_tokens(
+    placed, build_cache, kind, bits, dtype, key_layout, head_size, block_size, group_size
+):
+    """Written and coded at once, as one after the other: the page is not read where it is new."""
+    cache = build_cache(
+        kind=kind,
+        bits=bits,
+        head_size=head_size,
+        block_size=block_size,
+        group_size=group_size,
+        dtype=dtype,
+        key_layout=key_layout,
+        num_blocks=5,
+    )
+    fill(cache)
+    generator = torch.Generator().manual_seed(4)
+    key, value = torch.randn(2, 5, 2, head_size, generator=generator).to(dtype)
+    per_block = block_size // group_size
+    # Within a group, the last of one, none, the last of another, one that ends nothing.
+    slots = [3 * block_size + 1, block_size - 1, -1, 2 * block_size + group_size - 1, -1]
+    groups = torch.tensor([-1, per_block - 1, -1, 2 * per_block, -1])
+    for slot in slots:
+        if slot >= 0:
+            cache.host.key[slot // block_size, :, slot % block_size] = float("nan")
+            cache.host.value[slot // block_size, :, slot % block_size] = float("nan")
+    expected = cache.clone()
+    slots, host = torch.tensor(slots), expected.host
+    reference.write_kv(key, value, host.key, host.value, slots)
+    reference.quantize_groups(groups[groups >= 0], host.key, host.value, expected.derived)
+    host = cache.host
+    placed(triton).append_tokens(
+        key, value, host.key, host.value, slots, groups, cache.derived, True
+    )
+    if not torch.equal(cache.raw, expected.raw):
+        assert torch.equal(untied(cache), untied(expected))
 
 
 @pytest.mark.parametrize("kind", list(DerivedKind))

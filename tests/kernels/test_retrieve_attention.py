@@ -6,7 +6,8 @@ import torch
 from vllm_tailorkv.kernels import composed, ops, reference
 from vllm_tailorkv.layout import DerivedKind
 
-LENGTHS = [300, 1, 1000, 0, 513]
+LENGTHS = [450, 1, 500, 0, 406, 500, 320]
+"""Enough for one or two threads that none shares a row and KV head with another, not for three."""
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -41,7 +42,7 @@ def attended(function, arguments):
 
 
 @pytest.mark.parametrize("kind", [DerivedKind.ONEBIT, DerivedKind.CHANNELS])
-@pytest.mark.parametrize(("k", "candidates"), [(40, 40), (40, 90), (600, 700), (0, 0), (0, 9)])
+@pytest.mark.parametrize(("k", "candidates"), [(40, 40), (40, 90), (300, 400), (0, 9)])
 @pytest.mark.parametrize(
     ("dtype", "heads", "group", "head_size", "key_rows", "softcap"),
     [

@@ -25,7 +25,7 @@ const char* emulate(uint32_t seed, Run run) {
 extern "C" {
 
 const char* emulate_select_topk(uint32_t seed, const SelectTopk* op, int32_t parts, int threads) {
-  std::vector<uint64_t> workspace(topk_bytes(*op, parts) / 8 + 1, ~0ull);
+  std::vector<uint4> workspace(topk_bytes(*op, parts) / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u});
   return emulate(seed, [&](emulator::Launch& launch) {
     if (threads == 64) run_select_topk<64>(launch, *op, workspace.data(), parts);
     if (threads == kTopkThreads) {

@@ -167,7 +167,6 @@ struct Launch {
                   const Arguments&... arguments) {
     run_grid(blocks, count, [=] { kernel(arguments...); });
   }
-  void clear(void* data, int64_t bytes) { std::memset(data, 0, static_cast<size_t>(bytes)); }
 };
 
 }  // namespace emulator
@@ -189,6 +188,19 @@ inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
   const uint32_t before = *to;
   *to = before + value;
   return before;
+}
+
+inline uint32_t atomicInc(uint32_t* to, uint32_t limit) {
+  const uint32_t before = *to;
+  *to = before >= limit ? 0 : before + 1;
+  return before;
+}
+
+inline void __threadfence() {}
+
+template <class T>
+T __ldcg(const T* from) {
+  return *from;
 }
 
 template <class T>

@@ -1,9 +1,12 @@
 """The report never fails, and never calls ready what cannot serve."""
 
 import pytest
+import torch
 from vllm.platforms import current_platform
+from vllm.platforms.interface import PlatformEnum
 
 from vllm_tailorkv import doctor
+from vllm_tailorkv.kernels.dispatch import forget
 
 READY = "Ready"
 
@@ -25,11 +28,29 @@ def test_ready(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 def test_another_platform(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
+    monkeypatch.setattr(type(current_platform), "_enum", PlatformEnum.ROCM)
+    monkeypatch.setattr(type(current_platform), "device_name", "rocm")
     status, text = report(capsys)
     assert status == 1
     assert READY not in text
-    assert "cuda, where tailorkv cannot serve yet" in text
+    assert "rocm, where tailorkv cannot serve" in text
+    assert "Ops on cuda" not in text
+
+
+def test_gpus_of_which_torch_sees_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(type(current_platform), "_enum", PlatformEnum.CUDA)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    forget()
+    status, text = report(capsys)
+    forget()
+    assert status == 1
+    assert READY not in text
+    assert "Ops on cuda" in text
+    assert "no GPU has served yet" in text
+    assert "there is no GPU" in text
 
 
 @pytest.mark.parametrize(

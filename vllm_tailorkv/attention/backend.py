@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import torch
 from vllm.config.cache import CacheDType
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
@@ -36,8 +37,9 @@ class TailorKVBackend(AttentionBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        """What vLLM's CPU attention op takes, which does our prefill."""
-        return CPUAttentionBackend.get_supported_head_sizes()
+        """What prefill takes: vLLM's CPU attention op, or FlashAttention on a GPU."""
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        return [size for size in sizes if size <= 256] if current_platform.is_cuda() else sizes
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

@@ -39,7 +39,7 @@ def require_room(
     )
 
 
-def _pool_name(plan: Plan) -> str:
+def pool_name(plan: Plan) -> str:
     """The host pool, by the option that sets it."""
     if plan.config.host_pool_gib is not None:
         return f"host_pool_gib={plan.config.host_pool_gib:g}"
@@ -53,7 +53,7 @@ def require_pool_room(vllm_config: VllmConfig, plan: Plan, sizing: CacheSizing) 
         TailorKVError: it cannot.
     """
     if plan.host_pool is not None:
-        name = _pool_name(plan)
+        name = pool_name(plan)
         require_room(vllm_config, name, sizing.block_size, plan.host_pool, sizing.host_bytes)
 
 
@@ -73,7 +73,7 @@ def check_budgets(vllm_config: VllmConfig, plan: Plan, sizing: CacheSizing | Non
             # Untouched pages cost nothing, so the system would end us later, while serving.
             each = f", for each of {workers} workers here," if workers > 1 else ""
             raise TailorKVError(
-                f"{_pool_name(plan)}{each} is more than the "
+                f"{pool_name(plan)}{each} is more than the "
                 f"{available / GIB:.1f} GiB of memory available; lower it"
             )
     if sizing is None:
@@ -83,7 +83,8 @@ def check_budgets(vllm_config: VllmConfig, plan: Plan, sizing: CacheSizing | Non
     if memory is not None and vllm_config.cache_config.num_gpu_blocks_override is None:
         shared = sizing.split and pool is None
         block_bytes = sizing.pool_bytes + (sizing.host_bytes if shared else 0)
-        name = f"--kv-cache-memory-bytes (or VLLM_CPU_KVCACHE_SPACE) of {memory / GIB:.3g} GiB"
+        variable = "" if plan.on_gpu else " (or VLLM_CPU_KVCACHE_SPACE)"
+        name = f"--kv-cache-memory-bytes{variable} of {memory / GIB:.3g} GiB"
         require_room(vllm_config, name, sizing.block_size, memory, block_bytes)
 
 
@@ -119,5 +120,5 @@ def require_pool_blocks(plan: Plan, sizing: CacheSizing, num_blocks: int) -> Non
         raise TailorKVError(
             f"--num-gpu-blocks-override {num_blocks} needs "
             f"{num_blocks * sizing.host_bytes / GIB:.3f} GiB of host pool, more than "
-            f"{_pool_name(plan)}; raise it, or lower the override"
+            f"{pool_name(plan)}; raise it, or lower the override"
         )

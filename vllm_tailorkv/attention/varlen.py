@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 
 from vllm_tailorkv.attention.name import LOGGER
@@ -122,6 +123,14 @@ def _flash_attend(call: Call) -> torch.Tensor | None:
     return log_sum
 
 
+def _lengths_are_known() -> bool:
+    """Whether the CPU knows them when it plans a step: how many drafts of the last were taken."""
+    config = get_current_vllm_config_or_none()
+    if config is None or config.speculative_config is None:
+        return True
+    return not config.scheduler_config.async_scheduling
+
+
 def _xformers_obstacle(asked: Asked) -> str | None:
     if asked.device != "cuda":
         return f"it does not run on {asked.device}"
@@ -129,6 +138,8 @@ def _xformers_obstacle(asked: Asked) -> str | None:
         return "it knows no soft cap"
     if asked.head_size % 8 or asked.head_size > 256:
         return f"it knows no heads of {asked.head_size}"
+    if not _lengths_are_known():
+        return "it wants lengths that are not known yet, with drafts and asynchronous scheduling"
     return None if find_spec("xformers") else "it is not installed"
 
 

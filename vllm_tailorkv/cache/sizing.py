@@ -51,6 +51,10 @@ class CacheSizing:
             return available * self.pool_bytes // (self.pool_bytes + self.host_bytes)
         return min(available, host_pool // self.host_bytes * self.pool_bytes)
 
+    def blocks_of_each(self, available: int, host_pool: int) -> tuple[int, int]:
+        """Blocks that vLLM's pool and our host pool would hold, each by itself."""
+        return available // self.pool_bytes, host_pool // self.host_bytes
+
     def describe(self, num_blocks: int, max_model_len: int) -> list[str]:
         """Lines for the start-up log. One block is vLLM's null block and holds no tokens."""
         block, tokens = self.block_size, (num_blocks - 1) * self.block_size
