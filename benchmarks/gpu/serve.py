@@ -272,6 +272,7 @@ class Answers:
         self.step = step
         self.model = model
         self.batches = workload(step.sizes.block, step.args.rehearse)
+        self.failed: set[str] = set()
         self.folder = step.args.out / "engines"
         self.folder.mkdir(exist_ok=True)
 
@@ -282,6 +283,8 @@ class Answers:
             variant: of `VARIANTS`, or `peer`.
         """
         step, name = self.step, engine_name(dtype, variant, mode)
+        if name in self.failed:
+            return None
         job = self._job(dtype, variant, mode)
         origin = [step.settings["hardware"], step.origin["revision"]]
         made_of = {"job": job, "origin": origin}
@@ -313,6 +316,7 @@ class Answers:
 
         step.follow(name, job, step.left, on_record)
         if len(found) < len(self.batches):
+            self.failed.add(name)
             return None
         path.write_text(json.dumps({"made_of": made_of, "answers": found}))
         return found
