@@ -604,6 +604,8 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Run the steps, one after another; the exit status."""
     args = arguments()
+    # What ends this ends the engine that runs, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     found = hardware(args.rehearse)
     args.out.mkdir(parents=True, exist_ok=True)
     failures = []
