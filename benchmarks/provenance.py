@@ -4,9 +4,10 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,12 @@ def revision() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that results depend on."""
-    return {name: version(name) for name in VERSIONS}
+    """Of the packages that results depend on, as far as they are installed."""
+    found = {}
+    for name in VERSIONS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def processor() -> str:

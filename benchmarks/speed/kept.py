@@ -9,11 +9,14 @@ from vllm_tailorkv.files import write_whole
 _REMEDY = "name another file with --json, or remove it"
 
 
-def kept_records(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def kept_records(
+    path: Path, settings: dict[str, Any], remedy: str = _REMEDY
+) -> list[dict[str, Any]]:
     """The records of a file; a last line that was cut is taken out of it.
 
     Args:
         settings: what every record must say.
+        remedy: what to do about those that do not.
 
     Raises:
         ValueError: a line is of another run, or none at all.
@@ -31,13 +34,13 @@ def kept_records(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
                 break
             record = None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}: line {number} is no line of results; {_REMEDY}")
+            raise ValueError(f"{path}: line {number} is no line of results; {remedy}")
         for name, value in settings.items():
             if record.get(name) != value:
                 told = json.dumps(record.get(name))
                 raise ValueError(
                     f"{path}: line {number} was made with {name} {told}, not {json.dumps(value)}; "
-                    f"{_REMEDY}"
+                    f"{remedy}"
                 )
         records.append(record)
     whole = "".join(f"{line}\n" for line in lines)

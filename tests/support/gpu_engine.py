@@ -11,41 +11,42 @@ be: vLLM's first runner, and the reference of every op.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 MODEL, MODE = Path(sys.argv[1]), sys.argv[2]
 ON_GPU = MODE == "gpu"
 BLOCK = 128
 
+sys.path[:0] = [
+    str(Path(__file__).parent),
+    str(Path(__file__).parents[2] / "benchmarks"),
+    str(Path(__file__).parents[2] / "benchmarks/gpu"),
+]
+
+import rehearsal  # noqa: E402
+
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "VLLM_TAILORKV_KERNELS": "triton" if ON_GPU else "reference",
-    "VLLM_USE_V2_MODEL_RUNNER": str(int(ON_GPU)),
+    "VLLM_TAILORKV_KERNELS": "reference",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
 if ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
-    import triton.backends
-
-    # vLLM looks for a driver of Triton's for CPUs; there is none, nor need of one.
-    driver = SimpleNamespace(is_active=lambda: True)
-    triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "benchmarks")]
+    os.environ |= rehearsal.ENVIRONMENT
+    rehearsal.serve_as_on_gpu()
 
 import torch  # noqa: E402
+from counted import Counted  # noqa: E402
 from engines import engine, greedy, random_prompts  # noqa: E402
 from features import metric  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
 
-from vllm_tailorkv.attention import carried, impl, staged, varlen  # noqa: E402
+from vllm_tailorkv.attention import impl, staged, varlen  # noqa: E402
 
 OPTIONS = {"topk_tokens": 40, "bits": 4, "profile": {"dense_layers": [0]}}
 ARGUMENTS = {
@@ -59,105 +60,7 @@ STEPS = 8
 LENGTHS = [5, 70, 200, 330]
 
 
-class Counted(dict[str, int]):
-    """How often each of some functions was called."""
-
-    def watch(self, owner: Any, name: str) -> None:
-        original = getattr(owner, name)
-        self[name] = 0
-
-        def counting(*arguments: Any, **named: Any) -> Any:
-            self[name] += 1
-            return original(*arguments, **named)
-
-        setattr(owner, name, counting)
-
-
 COUNTED = Counted()
-
-
-def counted_since(before: dict[str, int]) -> dict[str, int]:
-    return {name: count - before[name] for name, count in COUNTED.items()}
-
-
-# What copies a value to the host, makes a shape of it, or a tensor of what the host holds.
-FORBIDDEN = (
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "is_nonzero",
-    "lift_fresh",
-    "unique",
-)
-
-
-class NoSync(TorchDispatchMode):
-    """Refuses what no CUDA graph could capture."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(name in str(func) for name in FORBIDDEN):
-            raise RuntimeError(f"{func} in a captured region")
-        return func(*args, **(kwargs or {}))
-
-
-class Replayed:
-    """A stand-in for a CUDA graph: runs again what was captured, on the tensors of that time."""
-
-    def __init__(self, forward: Callable[[], None]) -> None:
-        self.forward = forward
-        self.replays = 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        with NoSync():
-            self.forward()
-
-
-def stand_in_for_graphs(llm: Any) -> list[Replayed]:
-    """Have the runner of an engine capture and replay its decode steps."""
-    from triton.runtime import interpreter
-    from vllm.config import CUDAGraphMode
-    from vllm.platforms import current_platform
-    from vllm.v1.worker.gpu import cudagraph_utils
-    from vllm.v1.worker.workspace import init_workspace_manager
-
-    # A kernel is one launch, whatever its interpreter does inside.
-    launch = interpreter.GridExecutor.__call__
-
-    def launched(*arguments: Any, **named: Any) -> Any:
-        with _disable_current_modes():
-            return launch(*arguments, **named)
-
-    interpreter.GridExecutor.__call__ = launched
-    graphs: list[Replayed] = []
-
-    def capture(manager: Any, create: Any, progress_bar_desc: str = "") -> None:
-        for descriptor in manager._capture_descs[CUDAGraphMode.FULL]:
-            create(descriptor, warmup=True)(CUDAGraphMode.NONE)
-            forward = create(descriptor, warmup=False)
-            graph = Replayed(lambda forward=forward: forward(CUDAGraphMode.NONE))
-            with NoSync():
-                graph.forward()
-            manager.graphs[descriptor] = graph
-            graphs.append(graph)
-        manager._graphs_captured = True
-
-    type(current_platform).get_global_graph_pool = classmethod(lambda cls: None)
-    cudagraph_utils.CudaGraphManager.capture = capture
-
-    def prepare(worker: Any) -> None:
-        runner = worker.model_runner
-        init_workspace_manager(runner.device)  # the CPU worker has none
-        compilation = runner.vllm_config.compilation_config
-        compilation.cudagraph_capture_sizes = [1, 2, 4]
-        compilation.max_cudagraph_capture_size = 4
-        runner.cudagraph_manager = cudagraph_utils.ModelCudaGraphManager(
-            runner.vllm_config, runner.device, CUDAGraphMode.FULL_DECODE_ONLY, 1
-        )
-        runner.capture_model()
-
-    llm.collective_rpc(prepare)
-    return graphs
 
 
 @contextmanager
@@ -176,7 +79,7 @@ def whole_prompts() -> dict[str, Any]:
     with opened() as llm:
         before = dict(COUNTED)
         plain = greedy(llm, prompts, STEPS)
-        first = counted_since(before)
+        first = COUNTED.since(before)
         hits = greedy(llm, again, STEPS)
         cached = metric(llm, "prefix_cache_hits")
     return {"plain": plain, "hits": hits, "cached": cached, "counted": first}
@@ -243,14 +146,14 @@ def pieces() -> dict[str, Any]:
     with staging_of(192, merges=True), opened(max_num_batched_tokens=64) as llm:
         before = dict(COUNTED)
         tokens = greedy(llm, prompts, 4)
-        return {"tokens": tokens, "counted": counted_since(before)}
+        return {"tokens": tokens, "counted": COUNTED.since(before)}
 
 
 def graphs() -> dict[str, Any]:
     """Decode steps replayed, rows of padding among them; lengths grow past groups and blocks."""
     prompts = random_prompts([60, 255, 330], seed=4)
     with opened() as llm:
-        captured = stand_in_for_graphs(llm) if ON_GPU else []
+        captured = rehearsal.stand_in_for_graphs(llm) if ON_GPU else []
         tokens = greedy(llm, prompts, STEPS)
         alone = greedy(llm, prompts[1:2], STEPS)
     return {
@@ -261,8 +164,6 @@ def graphs() -> dict[str, Any]:
 
 
 def main() -> None:
-    if ON_GPU:
-        carried.serving_device = lambda vllm_config: "cuda"
     for name in ("quantized_decode_attention", "sparse_decode_attention", "stage_rows"):
         COUNTED.watch(impl.ops, name)
     every = (whole_prompts, chunks_and_preemption, small_buffer, pieces, graphs)
