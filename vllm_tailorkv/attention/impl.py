@@ -111,7 +111,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         self.layer_name = layer_name
         layout, dtype = self.spec.layout, self.spec.dtype
         raw = kv_cache.flatten(1).view(torch.uint8)
-        if reason := advise_huge_pages(raw):
+        if raw.device.type == "cpu" and (reason := advise_huge_pages(raw)):
             logger.info_once("TailorKV: vLLM's cache keeps small pages: %s.", reason)
         pool = None
         if self.spec.split:
