@@ -13,8 +13,8 @@ from vllm.outputs import CompletionOutput
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from accuracy.scripts import FREE, Script
+from vllm_tailorkv.attention.builder import TailorKVMetadataBuilder
 from vllm_tailorkv.attention.impl import TailorKVImpl
-from vllm_tailorkv.attention.metadata import TailorKVMetadataBuilder
 from vllm_tailorkv.attention.selection import Selector, retrieve
 from vllm_tailorkv.config import load_config
 from vllm_tailorkv.kernels.types import DenseCodes
@@ -104,7 +104,7 @@ class Engine:
             for group in groups:
                 builder = group.get_metadata_builder()
                 if isinstance(builder, TailorKVMetadataBuilder):
-                    builder.config = config
+                    builder.batch.config = config
         sparse = self.sparse_impls
         for impl, selector in zip(sparse, selectors or [retrieve] * len(sparse), strict=True):
             impl.selector = selector
