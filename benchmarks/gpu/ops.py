@@ -353,6 +353,21 @@ def write_layer(
     )
 
 
+def measure_staging(run: Run, floors: Floors, pool: Pool, context: int) -> None:
+    """`stage_rows`, of the context before a chunk of a prompt."""
+    stage = find_op("stage_rows", run.device)
+    calls: list[Callable[[], object]] = []
+    for _ in range(run.turns):
+        request = make_request(pool, context, 1)
+        count = int(request.seq_lens[0])
+        rows = torch.empty(2, count, KV_HEADS, HEAD_SIZE, device=run.device, dtype=DTYPE)
+        bounds = torch.tensor([0, count], dtype=torch.int32, device=run.device)
+        contexts = (request.block_table, bounds, 0, count)
+        calls.append(partial(stage.function, *rows, *pool.host[:2], *contexts))
+    size = context * FULL_BYTES
+    write_op(run, floors, "stage_rows", stage.name, calls, hbm=size, pcie=size, context=context)
+
+
 def measure_gather(run: Run, floors: Floors, pool: Pool, context: int) -> None:
     """The row gather of the CUDA ops, where they were built."""
     if reason := cuda.unavailable():
@@ -418,12 +433,13 @@ def measure(run: Run, floor_bytes: int) -> None:
         for pool in dense:
             measure_dense(run, floors, pool, context, batch, full)
     if time.monotonic() > run.deadline:
-        run.write(what="left out", cases="writes, preference, gather, channels")
+        run.write(what="left out", cases="writes, preference, staging, gather, channels")
         return
     measure_writes(run, floors, onebit)
     measure_groups(run, floors, onebit)
     measure_groups(run, floors, dense[0])
     measure_preference(run)
+    measure_staging(run, floors, onebit, run.contexts[-1])
     measure_gather(run, floors, onebit, run.contexts[-1])
     # Bytes have no order: the same ones serve as channel-major pages.
     channels = make_pool(host, DerivedKind.CHANNELS, key_layout=KeyLayout.CHANNEL_MAJOR)

@@ -19,7 +19,8 @@ END_SECONDS = 30.0
 """A server that has not ended by then hangs; it takes one or two seconds."""
 
 _STREAMING_SECONDS = 3.0
-_REAP_SECONDS = 5.0
+_REAP_SECONDS = 30.0
+"""Processes of a server may be that late behind it: on busy cores some took more than 5 s."""
 
 
 @dataclass
@@ -95,6 +96,6 @@ def judge_end(server: VllmServer, status: int | None, processes: list[psutil.Pro
 
 def _is_healthy(server: VllmServer) -> bool:
     try:
-        return httpx.get(f"{server.url}/health", timeout=_REAP_SECONDS).is_success
+        return httpx.get(f"{server.url}/health", timeout=5.0).is_success
     except httpx.HTTPError:
         return False
