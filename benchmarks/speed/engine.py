@@ -21,6 +21,7 @@ from vllm import LLM, SamplingParams
 from vllm.forward_context import get_forward_context
 
 from speed.job import BLOCK_SIZE, CHUNK, Job
+from vllm_tailorkv.attention.cpu_batch import PagedRows
 from vllm_tailorkv.attention.impl import TailorKVImpl
 
 
@@ -111,7 +112,7 @@ class _Filler:
     def __init__(self, job: Job, llm: LLM) -> None:
         self.hidden_size = llm.llm_engine.model_config.get_hidden_size()
         self.layers = _layers(llm)
-        self.nothing = "forward" if job.options is None else "_exact"
+        self.is_ours = job.options is not None
 
     def __call__(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         assert get_forward_context().attn_metadata is not None
@@ -121,7 +122,8 @@ class _Filler:
         size = (count, first.num_kv_heads * first.head_size)
         key, value = (torch.randn(size, dtype=torch.bfloat16) for _ in range(2))
         for layer in self.layers:
-            with patch.object(layer.impl, self.nothing, lambda *_, **__: None):
+            exact = (PagedRows, "attend") if self.is_ours else (layer.impl, "forward")
+            with patch.object(*exact, lambda *_, **__: None):
                 layer(query, key, value)
         return torch.zeros(count, self.hidden_size, dtype=torch.bfloat16)
 

@@ -56,7 +56,7 @@ ARGUMENTS = {
     "async_scheduling": False,
     "disable_log_stats": False,
 }
-STEPS = 8
+STEPS = 6
 LENGTHS = [5, 70, 200, 330]
 
 
