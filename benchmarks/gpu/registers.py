@@ -193,6 +193,9 @@ def calls(case: Case) -> Iterator[Callable[[], Any]]:
         yield partial(kernels.append_tokens, *appended)
         if isinstance(derived, DenseCodes):
             yield partial(kernels.write_kv, tokens, tokens, *host[:2], groups)
+            staged = query.new_zeros(2, 32, heads, case.head_size)
+            bounds = torch.tensor([0, 16, 32], dtype=torch.int32)
+            yield partial(kernels.stage_rows, *staged, *host[:2], table, bounds, 0, 16)
             parts = attend.allocate_parts(query, heads, 64)  # more than the last program merges
             yield partial(attend.merge, query, parts)
             attention = (torch.empty_like(query), query, *host[:2], derived, table, lengths)

@@ -29,7 +29,8 @@ def read_behind_blocks():
 def read_behind_pages():
     """Vectors of a block that the cache does not have."""
     pages, query = torch.zeros(2, 1, 32, 64), torch.zeros(1, 1, 64)
-    tokens = {"seq_lens": int32(32), "tail_start": int32(0)}
+    # Rows without a middle are not weighed.
+    tokens = {"seq_lens": int32(32), "tail_start": int32(1)}
     table, mass = int32(2)[None], torch.zeros(1, 1)
     ops.log_mass(mass, query, pages, table, **tokens, sink_tokens=0, scale=1.0)
 

@@ -17,6 +17,11 @@ SPILLING = {
     ("_attend_codes", "bfloat16 d256 G4 g128 b4 token_major"),
     # 20 bytes, on sm_90 alone, where ptxas stops at 168 registers of 255.
     ("_attend_codes", "float16 d64 G8 g64 b1 token_major"),
+    # 16 and 8 bytes, on sm_80 alone.
+    ("_attend_gathered", "float16 d64 G8 g64 b1 token_major"),
+    ("_attend_gathered", "bfloat16 d256 G4 g128 b4 token_major"),
+    # Of an index of groups of 128, which it writes once in 128 tokens.
+    ("_derive", "bfloat16 d128 G4 g128 b1 token_major"),
 }
 SPILLED_BYTES = 1024
 

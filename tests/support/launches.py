@@ -57,6 +57,7 @@ def launches(monkeypatch: Any) -> Iterator[list[str]]:
             patch.setattr(kind, "run", note)
             patch.setattr(kind, "__getitem__", lambda function, _: lambda *a, **k: note(function))
         patch.setattr(launch, "_multiprocessors", lambda _: 132)
+        patch.setattr(launch, "_counters", {})  # these have no values
         for module in (cuda, triton_module):
             patch.setattr(module, "unavailable", lambda: None)
         patch.setattr(ops, "implementation", lambda op, _: dispatch.choose(op, "cuda").function)
