@@ -20,10 +20,10 @@ SPILLING = {
     # 16 and 8 bytes, on sm_80 alone.
     ("_attend_gathered", "float16 d64 G8 g64 b1 token_major"),
     ("_attend_gathered", "bfloat16 d256 G4 g128 b4 token_major"),
-    # Of an index of groups of 128, which it writes once in 128 tokens.
+    # 3,128 bytes, of groups of 128 tokens, which it writes once in so many steps.
     ("_derive", "bfloat16 d128 G4 g128 b1 token_major"),
 }
-SPILLED_BYTES = 1024
+SPILLED_BYTES = 3200
 
 
 def test_spills(tmp_path):
