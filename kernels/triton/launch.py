@@ -12,6 +12,8 @@ _COUNTERS = 1 << 14
 """Rows times heads, at least, that there are counters for."""
 
 _counters: dict[torch.device, torch.Tensor] = {}
+_outgrown: list[torch.Tensor] = []
+"""Counters of graphs that were captured before more were needed."""
 
 
 @cache
@@ -46,6 +48,8 @@ def counters(device: torch.device, count: int) -> torch.Tensor:
     made = torch.zeros(max(_COUNTERS, count), dtype=torch.int32, device=device)
     # While a graph is being captured nothing is set to 0: only its own launches may count on it.
     if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        if kept is not None:
+            _outgrown.append(kept)
         _counters[device] = made
     return made
 

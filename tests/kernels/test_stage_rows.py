@@ -70,3 +70,41 @@ def test_nothing_to_stage(fast, build_context):
     fast.stage_rows(*found, host.key, host.value, context.block_table, both, 0, 3)
     assert found[0].isnan().all()
     assert found[1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("context_start", lambda x: x.long(), "context_start must be int32"),
+        ("context_start", lambda x: x[:-1], "context_start must have R [+] 1=3 values, has 2"),
+        ("context_start", lambda x: x.flip(0), "context_start holds"),
+        ("context_start", lambda x: x - 1, "context_start holds -1"),
+        ("context_start", lambda x: x + 3, "170 places"),
+        ("key_rows", lambda x: x[:, :1], "key_rows must be"),
+        ("value_rows", lambda x: x.half(), "value_rows must be bfloat16"),
+        ("value_rows", lambda x: x[::2], "value_rows must be"),
+        ("value_cache", lambda x: x[:, :, :64], "value_cache must be"),
+        ("block_table", lambda x: x[:, :1], "there is room for 128"),
+        ("first_token", lambda x: 300, "there is room for 384"),
+        ("first_token", lambda x: -1, "first_token must be from 0"),
+        ("max_tokens", lambda x: 60, "60 tokens a row at the most"),
+    ],
+)
+def test_a_broken_argument_is_an_error(build_context, name, change, words):
+    """Never a read or a write out of bounds."""
+    context = build_context([100, 200])
+    key_rows, value_rows = buffers(context.cache, 170)
+    arguments = {
+        "key_rows": key_rows,
+        "value_rows": value_rows,
+        "key_cache": context.cache.host.key,
+        "value_cache": context.cache.host.value,
+        "block_table": context.block_table,
+        "context_start": torch.tensor([0, 40, 170], dtype=torch.int32),
+        "first_token": 60,
+        "max_tokens": 130,
+    }
+    torch.ops.vllm_tailorkv.stage_rows(*arguments.values())
+    arguments[name] = change(arguments[name])
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.vllm_tailorkv.stage_rows(*arguments.values())

@@ -79,7 +79,11 @@ class LayerRecorder:
             TailorKVError: another request is in the batch.
         """
         rows = metadata.exact
-        if not isinstance(rows, PagedRows) or rows.tokens is not None or len(rows.seq_lens) != 1:
+        if rows is not None and not isinstance(rows, PagedRows):
+            raise TailorKVError(
+                "identify: it runs on CPUs only; the profile that it writes there serves GPUs too"
+            )
+        if rows is None or rows.tokens is not None or len(rows.seq_lens) != 1:
             raise TailorKVError(
                 "identify: another request is in the batch; leave the engine to the one prompt"
             )
