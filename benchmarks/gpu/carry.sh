@@ -3,20 +3,20 @@
 # 0.32.0, the wheels that such a machine lacks beside torch, Triton and transformers
 # (carry_wheels.txt), and metadata by which vLLM finds the plugin of a checkout. It needs a network.
 #
-#     bash benchmarks/gpu/carry.sh                    write .gpu/a, .gpu/b, .gpu/c
+#     bash benchmarks/gpu/carry.sh                    write .gpu/a and .gpu/b
 #     bash benchmarks/gpu/carry.sh --metadata FOLDER  only the metadata, without a network
 #
 # On the GPU machine, in the checkout, with each part as it comes, in any order:
 #
-#     bash .gpu/a/unpack.sh; bash .gpu/b/unpack.sh; bash .gpu/c/unpack.sh     fills /tmp/site
+#     bash .gpu/a/unpack.sh; bash .gpu/b/unpack.sh     fills /tmp/site
 #     PYTHONPATH=/tmp/site:. python3 benchmarks/gpu/serve.py pool eager --out OUT
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 vllm=0.32.0
 python_version=${PYTHON_VERSION:-3.12}  # of the GPU machine
-most=$((60 << 20))                      # bytes of a part
-parts=(a b c)
+most=$((50 << 20))                      # bytes of a part
+parts=(a b)
 
 # As pip would write it for an installed package; the modules come from the checkout.
 metadata() {
@@ -78,7 +78,7 @@ cp -r "$work/wheels/." "$site/"
 metadata "$site"
 
 echo "== packing"
-rm -rf .gpu/a .gpu/b .gpu/c
+rm -rf .gpu/a .gpu/b
 mkdir -p .gpu
 tar -C "$site" -c . | xz -T0 -6 >"$work/site.tar.xz"
 split -n "${#parts[@]}" -d "$work/site.tar.xz" "$work/piece."
@@ -106,4 +106,4 @@ UNPACK
         exit 1
     fi
 done
-du -sm .gpu/a .gpu/b .gpu/c
+du -sm .gpu/a .gpu/b

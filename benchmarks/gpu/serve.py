@@ -26,7 +26,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ examples:
   python benchmarks/gpu/serve.py pool eager graphs speed --out /tmp/rehearsal --rehearse
   python benchmarks/gpu/serve.py ops --out $OUT
   python benchmarks/gpu/serve.py pool eager --out $OUT --seconds 250
-  python benchmarks/gpu/serve.py graphs --out $OUT --dtypes bfloat16,float16
+  python benchmarks/gpu/serve.py eager graphs --out $OUT --at-once 8 --dtypes bfloat16,float16
   python benchmarks/gpu/serve.py speed --out $OUT --device-gib 24
   python benchmarks/gpu/serve.py speed --out $OUT --cases 32768x1,131072x1 --engines ours,bf16
 """
@@ -65,6 +66,8 @@ ENGINES = {"ours": 2, "bf16": 1, "fp8": 1}
 """Of speed, and how they share its time: ours reads long prompts more than once."""
 SHARE_ON_DEVICE = 0.05
 """Of the bytes of K and V in full precision, what the device may hold at most."""
+SMALL = 0.08
+"""Of a GPU's memory, what an engine of a small model may take: several are there at once."""
 GRACE = 20
 """Seconds that a process may take beyond its own deadline before it is killed."""
 
@@ -336,10 +339,12 @@ class Answers:
         }
         if rehearse:
             values["async_scheduling"] = False
+        else:
+            values["gpu_memory_utilization"] = SMALL
         if mode == "chunked":
             values |= {"max_num_batched_tokens": sizes.chunk, "enable_prefix_caching": False}
-        elif mode == MODES[0] and not rehearse:
-            values["compilation_config"] = {"cudagraph_mode": mode}
+        elif mode in MODES and not rehearse:
+            values["compilation_config"] = self.step.args.compilation | {"cudagraph_mode": mode}
         if variant == "peer":
             values |= {} if rehearse else {"attention_backend": "FLASH_ATTN"}
             return {"kind": "tokens", "engine": values, "batches": self.batches}
@@ -352,6 +357,11 @@ class Answers:
             "as_on_gpu": rehearse,
             "graphs": mode if rehearse and graphs else None,
         }
+
+    def ask(self, engines: Iterable[tuple[str, str, str]]) -> None:
+        """Several engines beside each other, by dtype, variant and mode."""
+        with ThreadPoolExecutor(self.step.args.at_once) as pool:
+            list(pool.map(lambda one: self.of(*one), dict.fromkeys(engines)))
 
     def agree(self, found: tuple[str, str, str], expected: tuple[str, str, str]) -> None:
         """Check that two engines, named by dtype, variant and mode, say the same."""
@@ -387,24 +397,36 @@ def checkpoint(step: Step) -> Path:
 
 def eager(step: Step) -> None:
     """Against vLLM's own, and against itself in chunks without hits."""
-    step.fresh()
-    answers = Answers(step, checkpoint(step))
+    pairs = []
     for dtype in step.args.dtypes or ["bfloat16", "float16"]:
         for variant in step.args.variants:
             here = (dtype, variant, "eager")
             if variant != "budget":
-                answers.agree(here, (dtype, "peer", "eager"))
-            answers.agree((dtype, variant, "chunked"), here)
+                pairs.append((here, (dtype, "peer", "eager")))
+            pairs.append(((dtype, variant, "chunked"), here))
+    check(step, pairs)
 
 
 def graphs(step: Step) -> None:
     """Against itself without graphs."""
+    check(
+        step,
+        [
+            ((dtype, variant, mode), (dtype, variant, "eager"))
+            for dtype in step.args.dtypes or ["bfloat16"]
+            for variant in step.args.variants
+            for mode in step.args.modes
+        ],
+    )
+
+
+def check(step: Step, pairs: list[tuple[tuple[str, str, str], tuple[str, str, str]]]) -> None:
+    """That the engines of each pair agree."""
     step.fresh()
     answers = Answers(step, checkpoint(step))
-    for dtype in step.args.dtypes or ["bfloat16"]:
-        for variant in step.args.variants:
-            for mode in step.args.modes:
-                answers.agree((dtype, variant, mode), (dtype, variant, "eager"))
+    answers.ask(engine for pair in pairs for engine in pair)
+    for pair in pairs:
+        answers.agree(*pair)
 
 
 def speed(step: Step) -> None:
@@ -466,6 +488,8 @@ def measure_engine(
         **limits,
     }
     mine = name == "ours"
+    if args.compilation:
+        values["compilation_config"] = args.compilation
     if args.rehearse:
         values |= {
             "enforce_eager": True,
@@ -577,6 +601,20 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--modes", type=words, default=list(MODES), help=f"of graphs ({','.join(MODES)})"
+    )
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        help="engines of eager and graphs beside each other (%(default)s)",
+    )
+    parser.add_argument(
+        "--compilation",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="vLLM's --compilation-config of engines with graphs; "
+        "'{\"mode\": 0}' where torch is not the one that vLLM was made for",
     )
     parser.add_argument(
         "--device-gib", type=float, default=24, help="of tailorkv in speed (%(default)g)"
