@@ -3,20 +3,22 @@
 # 0.32.0, the wheels that such a machine lacks beside torch, Triton and transformers
 # (carry_wheels.txt), and metadata by which vLLM finds the plugin of a checkout. It needs a network.
 #
-#     bash benchmarks/gpu/carry.sh                    write .gpu/a and .gpu/b
+#     bash benchmarks/gpu/carry.sh                    write .gpu/site, under 50 MiB
 #     bash benchmarks/gpu/carry.sh --metadata FOLDER  only the metadata, without a network
 #
-# On the GPU machine, in the checkout, with each part as it comes, in any order:
+# On the GPU machine, in the checkout:
 #
-#     bash .gpu/a/unpack.sh; bash .gpu/b/unpack.sh     fills /tmp/site
+#     bash .gpu/site/unpack.sh     fills /tmp/site
 #     PYTHONPATH=/tmp/site:. python3 benchmarks/gpu/serve.py pool eager --out OUT
+#
+# GPU_ARCH is that GPU's compute capability (90): machine code for others stays behind.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 vllm=0.32.0
 python_version=${PYTHON_VERSION:-3.12}  # of the GPU machine
-most=$((50 << 20))                      # bytes of a part
-parts=(a b)
+arch=${GPU_ARCH:-90}
+most=$((50 << 20)) # bytes to carry
 
 # As pip would write it for an installed package; the modules come from the checkout.
 metadata() {
@@ -68,6 +70,7 @@ for library in "${kept[@]}"; do
 done
 find "$site" -name '*.so' -delete
 for library in "${kept[@]}"; do mv "$site/$library.kept" "$site/$library"; done
+"${PYTHON:-python3}" benchmarks/gpu/prune_cubins.py "$arch" "${kept[@]/#/$site/}"
 rm -rf "$site"/vllm/vllm-rs "$site"/vllm/third_party/fmha_sm100 \
     "$site"/vllm/third_party/deep_gemm/include
 
@@ -78,32 +81,20 @@ cp -r "$work/wheels/." "$site/"
 metadata "$site"
 
 echo "== packing"
-rm -rf .gpu/a .gpu/b
-mkdir -p .gpu
-tar -C "$site" -c . | xz -T0 -6 >"$work/site.tar.xz"
-split -n "${#parts[@]}" -d "$work/site.tar.xz" "$work/piece."
-for i in "${!parts[@]}"; do
-    folder=.gpu/${parts[i]}
-    mkdir "$folder"
-    mv "$work/piece.0$i" "$folder/piece.$i"
-    cat >"$folder/unpack.sh" <<UNPACK
-# Keeps this piece; fills /tmp/site when all ${#parts[@]} are there.
+rm -rf .gpu/site
+mkdir -p .gpu/site
+tar -C "$site" -c . | xz -T0 -6 >.gpu/site/site.tar.xz
+cat >.gpu/site/unpack.sh <<'UNPACK'
+# Fills /tmp/site.
 set -eu
-cd "\$(dirname "\$0")"
-mkdir -p /tmp/site.pieces
-cp piece.* /tmp/site.pieces/
-if [ "\$(ls /tmp/site.pieces | wc -l)" = ${#parts[@]} ]; then
-    rm -rf /tmp/site
-    mkdir /tmp/site
-    cat /tmp/site.pieces/piece.* | xz -d -T0 | tar -C /tmp/site -x
-    du -sh /tmp/site
-else
-    echo "pieces here: \$(ls /tmp/site.pieces | tr '\n' ' ')"
-fi
+cd "$(dirname "$0")"
+rm -rf /tmp/site
+mkdir /tmp/site
+xz -d -T0 <site.tar.xz | tar -C /tmp/site -x
+du -sh /tmp/site
 UNPACK
-    if (($(stat -c %s "$folder/piece.$i") > most)); then
-        echo "carry.sh: $folder is over $((most >> 20)) MiB" >&2
-        exit 1
-    fi
-done
-du -sm .gpu/a .gpu/b
+if (($(stat -c %s .gpu/site/site.tar.xz) > most)); then
+    echo "carry.sh: .gpu/site is over $((most >> 20)) MiB" >&2
+    exit 1
+fi
+du -sm .gpu/site
