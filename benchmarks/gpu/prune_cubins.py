@@ -15,7 +15,7 @@ CONTAINER = struct.Struct("<IHHQ")
 """Magic, version, bytes of the header, bytes of what follows it."""
 MAGIC = 0xBA55ED50
 ENTRY = struct.Struct("<HHIQ8xII")
-"""Kind, version, bytes of the header, bytes of the code; and the last of these, the architecture."""
+"""Kind, version, bytes of the header, bytes of the code, something else, and the architecture."""
 PTX, MACHINE_CODE = 1, 2
 
 
