@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,9 @@ def environment(rehearse: bool, job: dict[str, Any]) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    if find_spec("flashinfer") is None:
+        # Else vLLM takes its sampler for granted.
+        values |= {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
     if rehearse:
         values |= {"OMP_NUM_THREADS": "1"}
     if job.get("as_on_gpu"):
