@@ -433,13 +433,14 @@ def stage_rows(
 
     Args:
         key_rows, value_rows: [C, Hk, d], the caches' dtype; token `first_token + i` of row r is
-            written to place `context_start[r] + i < context_start[r + 1]`, other places keep what
-            they hold.
+            written to place `context_start[r] + i < context_start[r + 1]`. The `STAGED_PADDING`
+            places behind the last one become 0: attention ops read whole tiles, and what they
+            weigh with 0 must be finite. Other places keep what they hold.
         key_cache, value_cache: [NB, Hk, bs, d].
         block_table: int32 [R, max_blocks].
         context_start: int32 [R + 1], ascending, at most C.
         first_token: where every row starts.
-        max_tokens: at least the tokens of the longest row.
+        max_tokens: at least the tokens of the longest row; 0: nothing is written.
     """
     implementation("stage_rows", key_cache)(
         key_rows,

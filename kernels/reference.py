@@ -10,6 +10,7 @@ import torch
 
 from vllm_tailorkv.kernels.types import (
     SPREAD_GROUPS,
+    STAGED_PADDING,
     ChannelIndex,
     DenseCodes,
     DerivedPages,
@@ -222,6 +223,9 @@ def stage_rows(
     """See `ops.stage_rows`."""
     block_size = key_cache.shape[2]
     starts = context_start.tolist()
+    if max_tokens and len(starts) > 1:
+        key_rows[starts[-1] : starts[-1] + STAGED_PADDING] = 0
+        value_rows[starts[-1] : starts[-1] + STAGED_PADDING] = 0
     for row, (start, end) in enumerate(itertools.pairwise(starts)):
         position = torch.arange(first_token, first_token + end - start, device=key_cache.device)
         block, offset = block_table[row, position // block_size].long(), position % block_size

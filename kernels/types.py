@@ -19,6 +19,10 @@ SPREAD_GROUPS = 256
 """Groups, at most, that tell how far a channel spreads over a context: `ops.score_tokens`."""
 
 
+STAGED_PADDING = 256
+"""Places behind staged rows that `ops.stage_rows` sets to 0: no attention op has longer tiles."""
+
+
 class GroupCodes(NamedTuple):
     """Asymmetric low-bit codes: `x ~ zero + code * scale` (KIVI; TailorKV section 3.2).
 

@@ -514,13 +514,13 @@ void sparse_decode_attention(const Tensor& output, const Tensor& query, const Te
 }
 
 // Each context lies in the buffer, and in the blocks of its row.
-void check_contexts(const Contract& contract, const Axes& axes, const StageRows& op, int64_t places,
+void check_contexts(const Contract& contract, const Axes& axes, const StageRows& op,
                     int64_t max_tokens) {
   for (int64_t row = 0; row < op.rows; ++row) {
     const int64_t start = op.context_start[row], count = op.context_start[row + 1] - start;
-    contract.require(start >= 0 && count >= 0 && count <= max_tokens && start + count <= places,
+    contract.require(start >= 0 && count >= 0 && count <= max_tokens && start + count <= op.places,
                      "context_start holds ", start, ", ", start + count, " at place ", row,
-                     ", with ", max_tokens, " tokens a row at the most and ", places, " places");
+                     ", with ", max_tokens, " tokens a row at the most and ", op.places, " places");
     contract.require(op.first_token + count <= room(axes), "row ", row, " ends at token ",
                      op.first_token + count, ", but there is room for ", room(axes));
     if (!checks_values()) continue;
@@ -556,13 +556,14 @@ void stage_rows(const Tensor& key_rows, const Tensor& value_rows, const Tensor& 
                      static_cast<int32_t>(axes.R.size),
                      data<void>(contract, key_rows, "key_rows"),
                      data<void>(contract, value_rows, "value_rows"),
+                     C.size,
                      cache_of(contract, key_cache, "key_cache"),
                      cache_of(contract, value_cache, "value_cache"),
                      block_table_of(contract, block_table),
                      data<const int32_t>(contract, context_start, "context_start"),
                      first};
-  check_contexts(contract, axes, op, C.size, max_tokens);
-  kernels().stage_rows(op);
+  check_contexts(contract, axes, op, max_tokens);
+  if (op.rows && max_tokens) kernels().stage_rows(op);
 }
 
 template <bool Run>

@@ -61,7 +61,8 @@ struct StageRows {
   Dtype dtype;
   Shape shape;
   int32_t rows;
-  void *key_rows, *value_rows;  // [>= context_start[rows], Hk, d]
+  void *key_rows, *value_rows;  // [places, Hk, d]
+  int64_t places;
   Cache key_cache, value_cache;
   BlockTable block_table;
   const int32_t* context_start;  // [rows + 1]

@@ -1,10 +1,15 @@
 // stage_rows
 #pragma once
 
+#include <algorithm>
+
 #include "common.h"
 
 namespace tailorkv::TAILORKV_ISA {
 namespace {
+
+// `STAGED_PADDING` of kernels/types.py.
+constexpr int64_t kStagedPadding = 256;
 
 // One row of K or V, to channels that lie side by side.
 template <class T>
@@ -21,6 +26,12 @@ template <class T>
 void stage_all(const StageRows& op) {
   const int heads = op.shape.kv_heads, d = op.shape.head_size;
   const int64_t block_size = op.shape.block_size;
+  const int64_t end = op.context_start[op.rows];
+  const int64_t padding = std::min<int64_t>(kStagedPadding, op.places - end);
+  for (void* rows : {op.key_rows, op.value_rows}) {
+    T* behind = static_cast<T*>(rows) + end * heads * d;
+    std::fill_n(behind, padding * heads * d, T{0});
+  }
   for (int64_t row = 0; row < op.rows; ++row) {
     const int64_t start = op.context_start[row];
     parallel_for(op.context_start[row + 1] - start, [&](int64_t token) {

@@ -4,10 +4,12 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_tailorkv.kernels.types import STAGED_PADDING
+
 _BLOCK_TOKENS = 16
 
 
-@triton.jit(do_not_specialize=["first_token"])
+@triton.jit(do_not_specialize=["table_row", "first_token", "places"])
 def _stage_rows(
     key_rows,  # [C, Hk, d]
     value_rows,  # [C, Hk, d]
@@ -25,19 +27,25 @@ def _stage_rows(
     table_row,
     context_start,  # int32 [R + 1]
     first_token,
+    places,  # C
+    padding,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """TOKENS tokens of one row and head; grid (max_tokens / TOKENS, Hk, R)."""
+    """TOKENS tokens of one row and head; grid ((max_tokens + padding) / TOKENS, Hk, R)."""
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     start = tl.load(context_start + row)
     count = tl.load(context_start + row + 1) - start
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     there = tokens < count
     channels = tl.arange(0, CHANNELS)
-    mask = there[:, None] & (channels < HEAD_SIZE)[None, :]
+    kept = (channels < HEAD_SIZE)[None, :]
+    mask = there[:, None] & kept
+    # Behind the last row come zeros.
+    written = tokens < count + tl.where(row == tl.num_programs(2) - 1, padding, 0)
+    written = (written & (start + tokens < places))[:, None] & kept
     position = first_token + tokens
     at = block_table + row * table_row + position // BLOCK_SIZE
     block = tl.load(at, mask=there, other=0).to(tl.int64)
@@ -45,11 +53,11 @@ def _stage_rows(
     to = ((start + tokens).to(tl.int64) * tl.num_programs(1) + head) * HEAD_SIZE
     to = to[:, None] + channels[None, :]
     rows = key + block * key_block + head * key_head + offset * key_token
-    x = tl.load(rows[:, None] + channels[None, :] * key_channel, mask=mask)
-    tl.store(key_rows + to, x, mask=mask)
+    x = tl.load(rows[:, None] + channels[None, :] * key_channel, mask=mask, other=0.0)
+    tl.store(key_rows + to, x, mask=written)
     rows = value + block * value_block + head * value_head + offset * value_token
-    x = tl.load(rows[:, None] + channels[None, :] * value_channel, mask=mask)
-    tl.store(value_rows + to, x, mask=mask)
+    x = tl.load(rows[:, None] + channels[None, :] * value_channel, mask=mask, other=0.0)
+    tl.store(value_rows + to, x, mask=written)
 
 
 def stage_rows(
@@ -67,7 +75,7 @@ def stage_rows(
     rows = block_table.shape[0]
     if not rows or not max_tokens:
         return
-    _stage_rows[(triton.cdiv(max_tokens, _BLOCK_TOKENS), heads, rows)](
+    _stage_rows[(triton.cdiv(max_tokens + STAGED_PADDING, _BLOCK_TOKENS), heads, rows)](
         key_rows,
         value_rows,
         key_cache,
@@ -78,6 +86,8 @@ def stage_rows(
         block_table.stride(0),
         context_start,
         first_token,
+        key_rows.shape[0],
+        STAGED_PADDING,
         BLOCK_SIZE=block_size,
         HEAD_SIZE=head_size,
         CHANNELS=triton.next_power_of_2(head_size),

@@ -1,4 +1,4 @@
-"""Contexts land in the buffer bit for bit, one row after the other, and nothing else changes."""
+"""Contexts land in the buffer bit for bit, one row after the other; zeros follow, nothing else."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from vllm_tailorkv.kernels import reference
 from vllm_tailorkv.layout import KeyLayout
 
+PADDING = 256
 CASES = [
     # dtype, layout, heads, head_size, block_size
     (torch.bfloat16, KeyLayout.TOKEN_MAJOR, 2, 128, 128),
@@ -25,8 +26,9 @@ def buffers(cache, places: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(("dtype", "key_layout", "heads", "head_size", "block_size"), CASES)
 @pytest.mark.parametrize("first_token", [0, 64, 70])
+@pytest.mark.parametrize("room", [0, 5, PADDING + 5])
 def test_against_loops(
-    fast, build_context, dtype, key_layout, heads, head_size, block_size, first_token
+    fast, build_context, dtype, key_layout, heads, head_size, block_size, first_token, room
 ):
     lengths = [200, 70, 131, 75]
     context = build_context(
@@ -39,10 +41,11 @@ def test_against_loops(
     )
     host, table = context.cache.host, context.block_table
     counts = [length - first_token for length in lengths]
+    longest = max(counts) + 9
     starts = torch.tensor([3, *(3 + sum(counts[: i + 1]) for i in range(4))], dtype=torch.int32)
-    places = int(starts[-1]) + 5
+    places = int(starts[-1]) + room
     found = buffers(context.cache, places)
-    fast.stage_rows(*found, host.key, host.value, table, starts, first_token, max(counts) + 9)
+    fast.stage_rows(*found, host.key, host.value, table, starts, first_token, longest)
     expected = buffers(context.cache, places)
     for row, count in enumerate(counts):
         for token in range(count):
@@ -51,10 +54,12 @@ def test_against_loops(
             place = int(starts[row]) + token
             expected[0][place] = host.key[block, :, position % block_size]
             expected[1][place] = host.value[block, :, position % block_size]
+    for rows in expected:
+        rows[int(starts[-1]) :][:PADDING] = 0
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
     again = buffers(context.cache, places)
-    reference.stage_rows(*again, host.key, host.value, table, starts, first_token, max(counts) + 9)
+    reference.stage_rows(*again, host.key, host.value, table, starts, first_token, longest)
     assert torch.equal(again[0].nan_to_num(7), expected[0].nan_to_num(7))
     assert torch.equal(again[1].nan_to_num(7), expected[1].nan_to_num(7))
 
@@ -67,9 +72,12 @@ def test_nothing_to_stage(fast, build_context):
     zero = torch.zeros(1, dtype=torch.int32)
     fast.stage_rows(*found, host.key, host.value, context.block_table[:0], zero, 0, 0)
     both = torch.zeros(2, dtype=torch.int32)
-    fast.stage_rows(*found, host.key, host.value, context.block_table, both, 0, 3)
+    fast.stage_rows(*found, host.key, host.value, context.block_table, both, 0, 0)
     assert found[0].isnan().all()
     assert found[1].isnan().all()
+    fast.stage_rows(*found, host.key, host.value, context.block_table, both, 0, 3)
+    assert not found[0].any()
+    assert not found[1].any()
 
 
 @pytest.mark.parametrize(
