@@ -69,14 +69,15 @@ def check(op: str, *arguments: Any) -> None:
 def checked(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that checks its arguments as the op `op` does, and then runs `function`.
 
+    What is given by name is not the op's, and not checked.
     Without the C++ extension nothing is checked: that is for the reference, in plain torch.
     """
     if not _has(op, "Meta"):
         return function
     overload = getattr(OPS, op).default
 
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, **beside: Any) -> Any:
         overload.redispatch(_META, *map(flat, arguments))
-        return function(*arguments)
+        return function(*arguments, **beside)
 
     return run

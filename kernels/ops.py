@@ -15,7 +15,12 @@ Positions: a row with `seq_len = L` tokens in context, this step's token include
 import torch
 
 from vllm_tailorkv.kernels.dispatch import implementation
-from vllm_tailorkv.kernels.types import DenseCodes, DerivedPages, TokenIndex
+from vllm_tailorkv.kernels.types import DenseCodes, DerivedPages, HotRows, TokenIndex
+
+
+def _beside(hot: HotRows | None) -> dict[str, HotRows]:
+    """The argument of those who know rows on the device."""
+    return {} if hot is None else {"hot": hot}
 
 
 def write_kv(
@@ -25,6 +30,7 @@ def write_kv(
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     key_rows: torch.Tensor | None = None,
+    hot: HotRows | None = None,
 ) -> None:
     """Write K and V of new tokens into host pages.
 
@@ -34,9 +40,10 @@ def write_kv(
         slot_mapping: int64 [>= T]; token i goes to block `slot // bs`, offset `slot % bs`;
             a negative slot is skipped.
         key_rows: like key_cache; K is written there too.
+        hot: rows on the device, of which those that are written are forgotten; Triton alone.
     """
     implementation("write_kv", key_cache)(
-        key, value, key_cache, value_cache, slot_mapping, key_rows
+        key, value, key_cache, value_cache, slot_mapping, key_rows, **_beside(hot)
     )
 
 
@@ -84,16 +91,17 @@ def append_tokens(
     groups: torch.Tensor,
     derived: DerivedPages,
     fit: bool = True,
+    hot: HotRows | None = None,
 ) -> None:
     """`write_kv`, then `quantize_groups`, of one token a row: where it can be done, at once.
 
     Args:
-        key, value, key_cache, value_cache, slot_mapping: as of `write_kv`.
+        key, value, key_cache, value_cache, slot_mapping, hot: as of `write_kv`.
         groups: int64 [T]; the group that token i completes, whose last it is, or a negative one.
         derived, fit: as of `quantize_groups`.
     """
     implementation("append_tokens", key_cache)(
-        key, value, key_cache, value_cache, slot_mapping, groups, derived, fit
+        key, value, key_cache, value_cache, slot_mapping, groups, derived, fit, **_beside(hot)
     )
 
 
@@ -474,6 +482,7 @@ def retrieve_attention(
     scale: float,
     max_tail_start: int,
     softcap: float = 0.0,
+    hot: HotRows | None = None,
 ) -> None:
     """A sparse layer's decode step: `sparse_decode_attention` to what `retrieve_topk` finds.
 
@@ -487,6 +496,8 @@ def retrieve_attention(
         sink_tokens, scale, softcap: as of `sparse_decode_attention`.
         topk: how many middle tokens are attended to, all where there are fewer.
         candidates: how many are proposed, at least `topk`.
+        hot: rows on the device, which are read there; those attended to are added to them. Results
+            are the same. Triton alone; the last axis of the caches is contiguous.
     """
     implementation("retrieve_attention", key_cache)(
         output,
@@ -507,6 +518,7 @@ def retrieve_attention(
         scale,
         softcap,
         max_tail_start,
+        **_beside(hot),
     )
 
 

@@ -23,6 +23,20 @@ STAGED_PADDING = 256
 """Places behind staged rows that `ops.stage_rows` sets to 0: no attention op has longer tiles."""
 
 
+class HotRows(NamedTuple):
+    """Rows of a layer's host pages that lie on the device too.
+
+    tags: int32 [Hk, sets]; the slot whose row a place holds, or a negative number; `sets` is a
+        power of two.
+    rows: [Hk, sets, 2, d], K and V in the caches' dtype.
+    counts: int64 [2]; rows that were found there, and rows that were fetched, so far.
+    """
+
+    tags: torch.Tensor
+    rows: torch.Tensor
+    counts: torch.Tensor
+
+
 class GroupCodes(NamedTuple):
     """Asymmetric low-bit codes: `x ~ zero + code * scale` (KIVI; TailorKV section 3.2).
 

@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 from vllm_tailorkv.cache.views import derived_pages, host_pages
 from vllm_tailorkv.kernels import triton as kernels
 from vllm_tailorkv.kernels.triton import attend
-from vllm_tailorkv.kernels.types import DenseCodes
+from vllm_tailorkv.kernels.types import DenseCodes, HotRows
 from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
 
 ARCHS = (80, 90)
@@ -211,6 +211,16 @@ def calls(case: Case) -> Iterator[Callable[[], Any]]:
             arguments = (found, query, derived, host.key, host.key, table, lengths, lengths)
             options = (8, 8, 128, case.head_size, every_head, 0.1, 0.0, 16 * block_size)
             yield partial(kernels.retrieve_topk, *arguments, *options)
+        if case.key_layout is KeyLayout.TOKEN_MAJOR:
+            hot = HotRows(
+                torch.zeros(heads, 4096, dtype=torch.int32),
+                query.new_zeros(heads, 4096, 2, case.head_size),
+                torch.zeros(2, dtype=torch.int64),
+            )
+            yield partial(kernels.append_tokens, *appended, True, hot)
+            arguments = (query, query, derived, host.key, *host[:2], table, lengths, lengths)
+            options = (8, 8, 128, 1008, case.head_size, True, 0.1, 0.0, 16 * block_size, hot)
+            yield partial(kernels.retrieve_attention, *arguments, *options)
         mass = query.new_zeros(query.shape[:2], dtype=torch.float32)
         arguments = (mass, query, host.key, table, lengths, lengths, 8, 0.1, 0.0)
         yield partial(kernels.log_mass, *arguments)

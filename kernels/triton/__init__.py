@@ -24,6 +24,7 @@ _MODULES = {
     "rerank_topk": "rerank",
     "retrieve_topk": "retrieve",
     "sparse_decode_attention": "sparse",
+    "retrieve_attention": "retrieve",
     "stage_rows": "stage",
     "dense_preference": "preference",
 }

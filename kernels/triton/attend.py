@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from vllm_tailorkv import envs
+from vllm_tailorkv.kernels.triton.hot import hot_or_host
 from vllm_tailorkv.kernels.triton.launch import counters, is_last
 
 _INTERPRETED = tl.constexpr(envs.triton_interpreted())
@@ -105,16 +106,22 @@ def attend_token_rows(
     CAPPED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    tags=None,
+    hot=None,
+    SETS: tl.constexpr = 1,
 ):
-    """Add the host rows of tokens int [n] of one head to a softmax."""
+    """Add the host rows of tokens int [n] of one head to a softmax; see `HotRows`."""
     channels = tl.arange(0, query.shape[1])
     block = tl.load(block_table + token // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
     offset = token % BLOCK_SIZE
     mask = valid[:, None] & (channels < HEAD_SIZE)[None, :]
-    rows = block * key_block + head * key_head + offset * key_token
-    k = tl.load(key + rows[:, None] + channels[None, :] * key_channel, mask=mask, other=0.0)
-    rows = block * value_block + head * value_head + offset * value_token
-    v = tl.load(value + rows[:, None] + channels[None, :] * value_channel, mask=mask, other=0.0)
+    k_at = key + block * key_block + head * key_head + offset * key_token
+    v_at = value + block * value_block + head * value_head + offset * value_token
+    if tags is not None:
+        slot = tl.where(valid, block * BLOCK_SIZE + offset, 0)
+        k_at, v_at = hot_or_host(tags, hot, head, slot, valid, k_at, v_at, SETS, HEAD_SIZE)
+    k = tl.load(k_at[:, None] + channels[None, :] * key_channel, mask=mask, other=0.0)
+    v = tl.load(v_at[:, None] + channels[None, :] * value_channel, mask=mask, other=0.0)
     return attend_rows(query, tl.trans(k), v, valid, best, total, output, factor, cap, CAPPED)
 
 

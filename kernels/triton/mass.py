@@ -11,6 +11,8 @@ from vllm_tailorkv.kernels.triton.attend import (
     load_queries,
     score_factors,
 )
+from vllm_tailorkv.kernels.triton.hot import hot_arguments, hot_or_host
+from vllm_tailorkv.kernels.types import HotRows
 
 _BLOCK_TOKENS = 16
 _LOG_2 = tl.constexpr(0.6931471805599453)
@@ -30,6 +32,8 @@ def _log_mass(
     seq_lens,  # int32 [R]
     tail_start,  # int32 [R]
     sink_tokens,
+    tags,
+    hot,
     factor,
     cap,
     CAPPED: tl.constexpr,
@@ -39,6 +43,7 @@ def _log_mass(
     PER_HEAD: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
+    SETS: tl.constexpr,
 ):
     """Sinks, then the tail, of one row and KV head; grid (Hk, R)."""
     row, head = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
@@ -59,7 +64,11 @@ def _log_mass(
         token = tl.where(place < sinks, place, place + skipped)
         at = block_table + row * table_row + token // BLOCK_SIZE
         block = tl.load(at, mask=there, other=0).to(tl.int64)
-        at = key + block * key_block + head * key_head + token % BLOCK_SIZE * key_token
+        offset = token % BLOCK_SIZE
+        at = key + block * key_block + head * key_head + offset * key_token
+        if tags is not None:
+            slot = tl.where(there, block * BLOCK_SIZE + offset, 0)
+            at, _ = hot_or_host(tags, hot, head, slot, there, at, at, SETS, HEAD_SIZE)
         at = at[:, None] + channels[None, :] * key_channel
         mask = there[:, None] & (channels < HEAD_SIZE)[None, :]
         k = tl.load(at, mask=mask, other=0.0)
@@ -84,12 +93,14 @@ def log_mass(
     sink_tokens: int,
     scale: float,
     softcap: float,
+    hot: HotRows | None = None,
 ) -> None:
-    """See `ops.log_mass`."""
+    """See `ops.log_mass`; rows in `hot` are read from there."""
     rows, num_heads, head_size = query.shape
     heads = key_cache.shape[1]
     if not rows:
         return
+    tags, rows_kept, sets = hot_arguments(hot)
     _log_mass[(heads, rows)](
         mass,
         query,
@@ -100,6 +111,8 @@ def log_mass(
         seq_lens,
         tail_start,
         sink_tokens,
+        tags,
+        rows_kept,
         **score_factors(scale, softcap),
         BLOCK_SIZE=key_cache.shape[2],
         HEAD_SIZE=head_size,
@@ -107,5 +120,6 @@ def log_mass(
         PER_HEAD=num_heads // heads,
         ROWS=max(16, triton.next_power_of_2(num_heads // heads)),
         TOKENS=_BLOCK_TOKENS,
+        SETS=sets,
         num_warps=2,
     )

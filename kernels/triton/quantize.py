@@ -8,7 +8,14 @@ import triton
 import triton.language as tl
 
 from vllm_tailorkv.kernels.library import check
-from vllm_tailorkv.kernels.types import ChannelIndex, DenseCodes, DerivedPages, GroupCodes
+from vllm_tailorkv.kernels.triton.hot import forget_slot, hot_arguments
+from vllm_tailorkv.kernels.types import (
+    ChannelIndex,
+    DenseCodes,
+    DerivedPages,
+    GroupCodes,
+    HotRows,
+)
 
 _TILE = 2048
 """Elements of K that a program holds in registers."""
@@ -163,6 +170,14 @@ def _encode_values(
 
 
 @triton.jit
+def _copy_row(to, to_channel, row, HEAD_SIZE: tl.constexpr, CHANNELS: tl.constexpr):
+    """One token's K or V of one head."""
+    channels = tl.arange(0, CHANNELS)
+    kept = channels < HEAD_SIZE
+    tl.store(to + channels * to_channel, tl.load(row + channels, mask=kept), mask=kept)
+
+
+@triton.jit
 def _derive(
     groups,  # int64 [N], negative for none
     key,  # [NB, Hk, bs, d]
@@ -182,6 +197,7 @@ def _derive(
     new_value_token,
     new_value_head,
     slots,  # int64 [N]
+    tags,  # int32 [Hk, SETS], or None
     codes,  # uint8 [NB, Hk, G, d, GROUP * BITS / 8], or None
     codes_block,
     codes_head,
@@ -215,6 +231,7 @@ def _derive(
     KEY_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
+    SETS: tl.constexpr,
 ):
     """One group of one head: BLOCK channels of K, or TOKENS tokens of V. Grid (N, Hk, parts), the
     first KEY_PARTS those of K.
@@ -231,14 +248,13 @@ def _derive(
         new_key += number * new_key_token + head * new_key_head
         new_value += number * new_value_token + head * new_value_head
         if (part == 0) & (slot >= 0):
-            every = tl.arange(0, CHANNELS)
+            if tags is not None:
+                forget_slot(tags, head, slot, SETS)
             page, offset = slot // (PER_BLOCK * GROUP), slot % (PER_BLOCK * GROUP)
             to = key + page * key_block + head * key_head + offset * key_token
-            row = tl.load(new_key + every, mask=every < HEAD_SIZE)
-            tl.store(to + every * key_channel, row, mask=every < HEAD_SIZE)
+            _copy_row(to, key_channel, new_key, HEAD_SIZE, CHANNELS)
             to = value + page * value_block + head * value_head + offset * value_token
-            row = tl.load(new_value + every, mask=every < HEAD_SIZE)
-            tl.store(to + every * value_channel, row, mask=every < HEAD_SIZE)
+            _copy_row(to, value_channel, new_value, HEAD_SIZE, CHANNELS)
         fresh = (slot % GROUP).to(tl.int32)
     if item < 0:
         return
@@ -314,6 +330,7 @@ def _launch(
     derived: DerivedPages,
     fit: bool,
     new: _Arguments,
+    hot: HotRows | None = None,
 ) -> None:
     if not len(groups):
         return
@@ -335,6 +352,7 @@ def _launch(
         parts += group_size // _BLOCK_TOKENS
         value = _strides(derived.value)
         value_groups, row_bytes = derived.value.scale.shape[4], derived.value.codes.shape[4]
+    tags, _, sets = hot_arguments(hot)
     _derive[(len(groups), heads, parts)](
         groups,
         key_cache,
@@ -342,6 +360,7 @@ def _launch(
         value_cache,
         *value_cache.stride(),
         *new,
+        tags,
         *key,
         *value,
         *extremes,
@@ -356,6 +375,7 @@ def _launch(
         KEY_PARTS=key_parts,
         BLOCK=block,
         TOKENS=_BLOCK_TOKENS,
+        SETS=sets,
     )
 
 
@@ -380,9 +400,10 @@ def append_tokens(
     groups: torch.Tensor,
     derived: DerivedPages,
     fit: bool = True,
+    hot: HotRows | None = None,
 ) -> None:
     """See `ops.append_tokens`."""
     check("write_kv", key, value, key_cache, value_cache, slot_mapping)
     check("quantize_groups", groups, key_cache, value_cache, derived, fit)
     new: _Arguments = (key, *key.stride()[:2], value, *value.stride()[:2], slot_mapping)
-    _launch(groups, key_cache, value_cache, derived, fit, new)
+    _launch(groups, key_cache, value_cache, derived, fit, new, hot)

@@ -13,7 +13,9 @@ from vllm_tailorkv.kernels.triton.attend import (
     load_queries,
     score_factors,
 )
+from vllm_tailorkv.kernels.triton.hot import hot_arguments, hot_or_host
 from vllm_tailorkv.kernels.triton.launch import counters, is_last, split_count
+from vllm_tailorkv.kernels.types import HotRows
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _BLOCK_TOKENS = 16
@@ -152,6 +154,8 @@ def _score_candidates(
     key_channel,
     block_table,  # int32 [R, max_blocks]
     table_row,
+    tags,
+    hot,
     factor,
     cap,
     CAPPED: tl.constexpr,
@@ -163,6 +167,7 @@ def _score_candidates(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     PLACES: tl.constexpr,
+    SETS: tl.constexpr,
 ):
     """Every so many runs of TOKENS candidates of one row and KV head, by all its query heads,
     in base 2; grid (parts, Hk, R). If PLACES is not 0, the last program selects the heaviest.
@@ -186,7 +191,11 @@ def _score_candidates(
         there = token >= 0
         at = block_table + row * table_row + token // BLOCK_SIZE
         block = tl.load(at, mask=there, other=0).to(tl.int64)
-        at = key + block * key_block + token % BLOCK_SIZE * key_token
+        offset = token % BLOCK_SIZE
+        at = key + block * key_block + offset * key_token
+        if tags is not None:
+            slot = tl.where(there, block * BLOCK_SIZE + offset, 0)
+            at, _ = hot_or_host(tags, hot, head, slot, there, at, at, SETS, HEAD_SIZE)
         at = at[:, None] + channels[None, :] * key_channel
         k = tl.load(at, mask=there[:, None] & read[None, :], other=0.0)
         products = cap_scores(dot(q, tl.trans(k)), factor, cap, CAPPED)
@@ -243,8 +252,9 @@ def rerank_topk(
     channels: int,
     scale: float,
     softcap: float,
+    hot: HotRows | None = None,
 ) -> None:
-    """See `ops.rerank_topk`; up to 65536 candidates.
+    """See `ops.rerank_topk`; up to 65536 candidates. Rows in `hot` are read from there.
 
     Raises:
         ValueError: there are more.
@@ -290,6 +300,7 @@ def rerank_topk(
         (rows, num_heads, num_candidates), dtype=torch.float32, device=query.device
     )
     most = triton.cdiv(num_candidates, _BLOCK_TOKENS)
+    tags, rows_kept, sets = hot_arguments(hot)
     _score_candidates[(split_count(query.device, rows * heads, most, 4), heads, rows)](
         indices,
         indices.shape[2],
@@ -300,12 +311,15 @@ def rerank_topk(
         query,
         selected,
         *pages,
+        tags,
+        rows_kept,
         **score_factors(scale, softcap),
         **shape,
         # Products need 16 at least.
         CHANNELS=max(16, triton.next_power_of_2(count)),
         TOKENS=_BLOCK_TOKENS,
         PLACES=places if places <= _PLACES_WITH_SCORES else 0,
+        SETS=sets,
         num_warps=2,
     )
     if places <= _PLACES_WITH_SCORES:

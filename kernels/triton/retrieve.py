@@ -4,10 +4,12 @@ import torch
 
 from vllm_tailorkv.kernels import ops
 from vllm_tailorkv.kernels.composed import turns
+from vllm_tailorkv.kernels.triton.hot import keep_rows
 from vllm_tailorkv.kernels.triton.mass import log_mass
 from vllm_tailorkv.kernels.triton.rerank import rerank_topk
 from vllm_tailorkv.kernels.triton.score import Scored, score_with
-from vllm_tailorkv.kernels.types import TokenIndex
+from vllm_tailorkv.kernels.triton.sparse import sparse_decode_attention
+from vllm_tailorkv.kernels.types import HotRows, TokenIndex
 
 
 def retrieve_topk(
@@ -27,8 +29,9 @@ def retrieve_topk(
     scale: float,
     softcap: float,
     max_tail_start: int,
+    hot: HotRows | None = None,
 ) -> None:
-    """See `ops.retrieve_topk`."""
+    """See `ops.retrieve_topk`; rows in `hot` are read from there."""
     rows, num_heads, _ = query.shape
     heads = key_cache.shape[1]
     grouped = query.unflatten(1, (heads, -1))
@@ -47,6 +50,7 @@ def retrieve_topk(
             sink_tokens,
             scale,
             softcap,
+            hot,
         )
     scored = Scored(grouped, None, factor=1 / grouped.shape[2])
     if by_head:
@@ -66,5 +70,63 @@ def retrieve_topk(
         ops.select_topk(found[part], scores, tail_start[part], sink_tokens=sink_tokens)
     if reranked:
         rerank_topk(
-            indices, found, query, gathered_key, block_table, mass, channels, scale, softcap
+            indices, found, query, gathered_key, block_table, mass, channels, scale, softcap, hot
         )
+
+
+def retrieve_attention(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    index: TokenIndex,
+    key_cache: torch.Tensor,
+    gathered_key: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tail_start: torch.Tensor,
+    sink_tokens: int,
+    critical_channels: int,
+    topk: int,
+    candidates: int,
+    channels: int,
+    every_head: bool,
+    scale: float,
+    softcap: float,
+    max_tail_start: int,
+    hot: HotRows | None = None,
+) -> None:
+    """See `ops.retrieve_attention`."""
+    shape = (len(query), key_cache.shape[1], min(topk, max_tail_start))
+    indices = query.new_empty(shape, dtype=torch.int32)
+    rows = (block_table, seq_lens, tail_start)
+    retrieve_topk(
+        indices,
+        query,
+        index,
+        key_cache,
+        gathered_key,
+        *rows,
+        sink_tokens,
+        critical_channels,
+        candidates,
+        channels,
+        every_head,
+        scale,
+        softcap,
+        max_tail_start,
+        hot,
+    )
+    if hot is not None:
+        keep_rows(hot, gathered_key, value_cache, indices, *rows, sink_tokens)
+    sparse_decode_attention(
+        output,
+        query,
+        gathered_key,
+        value_cache,
+        indices,
+        *rows,
+        sink_tokens,
+        scale,
+        softcap,
+        hot,
+    )

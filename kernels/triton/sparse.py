@@ -12,7 +12,9 @@ from vllm_tailorkv.kernels.triton.attend import (
     merge_if_last,
     score_factors,
 )
+from vllm_tailorkv.kernels.triton.hot import hot_arguments, listed_tokens
 from vllm_tailorkv.kernels.triton.launch import split_count
+from vllm_tailorkv.kernels.types import HotRows
 
 _BLOCK_TOKENS = 16
 _TAIL_TOKENS = 128
@@ -44,6 +46,8 @@ def _attend_gathered(
     seq_lens,  # int32 [R]
     tail_start,  # int32 [R]
     sink_tokens,
+    tags,
+    hot,
     factor,
     cap,
     CAPPED: tl.constexpr,
@@ -54,6 +58,7 @@ def _attend_gathered(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     MERGED: tl.constexpr,
+    SETS: tl.constexpr,
 ):
     """Every so many runs of TOKENS of the tokens of one row and KV head, listed one after
     the other: sinks, selected, tail. The last program may merge all. Grid (parts, Hk, R).
@@ -66,17 +71,13 @@ def _attend_gathered(
     sinks = tl.minimum(sink_tokens, length)
     # A token that is both a sink and in the tail counts as a sink.
     tail = tl.maximum(tl.load(tail_start + row), sinks)
-    before_tail = sinks + num_indices
-    indices += row_head * num_indices - sinks
+    indices += row_head * num_indices
+    listed = sinks + num_indices + length - tail
     highest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     summed = tl.zeros([ROWS, CHANNELS], tl.float32)
-    for start in range(part * TOKENS, before_tail + length - tail, parts * TOKENS):
-        place = start + tl.arange(0, TOKENS)
-        listed = (place >= sinks) & (place < before_tail)
-        selected = tl.load(indices + place, mask=listed, other=-1)
-        token = tl.where(place < sinks, place, tail + place - before_tail)
-        token = tl.where(listed, selected, token)
+    for start in range(part * TOKENS, listed, parts * TOKENS):
+        token = listed_tokens(start + tl.arange(0, TOKENS), indices, num_indices, sinks, tail)
         highest, total, summed = attend_token_rows(
             q,
             key,
@@ -101,6 +102,9 @@ def _attend_gathered(
             CAPPED,
             BLOCK_SIZE,
             HEAD_SIZE,
+            tags,
+            hot,
+            SETS,
         )
     heads, channels = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
     at = (row_head * PER_HEAD + heads) * parts + part
@@ -136,8 +140,9 @@ def sparse_decode_attention(
     sink_tokens: int,
     scale: float,
     softcap: float,
+    hot: HotRows | None = None,
 ) -> None:
-    """See `ops.sparse_decode_attention`."""
+    """See `ops.sparse_decode_attention`; rows in `hot` are read from there."""
     rows, num_heads, head_size = query.shape
     if not rows:
         return
@@ -145,6 +150,7 @@ def sparse_decode_attention(
     expected = sink_tokens + num_indices + _TAIL_TOKENS
     parts = split_count(query.device, rows * heads, triton.cdiv(expected, _BLOCK_TOKENS), 4)
     results = allocate_parts(query, heads, parts)
+    tags, rows_kept, sets = hot_arguments(hot)
     _attend_gathered[(parts, heads, rows)](
         output,
         *results[:4],
@@ -160,6 +166,8 @@ def sparse_decode_attention(
         seq_lens,
         tail_start,
         sink_tokens,
+        tags,
+        rows_kept,
         **score_factors(scale, softcap),
         BLOCK_SIZE=key_cache.shape[2],
         HEAD_SIZE=head_size,
@@ -168,6 +176,7 @@ def sparse_decode_attention(
         ROWS=max(16, triton.next_power_of_2(num_heads // heads)),
         TOKENS=_BLOCK_TOKENS,
         MERGED=results.merged,
+        SETS=sets,
         num_warps=2,
     )
     merge(output, results)

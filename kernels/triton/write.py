@@ -4,6 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_tailorkv.kernels.triton.hot import find_hot, hot_arguments
+from vllm_tailorkv.kernels.types import HotRows
+
 _BLOCK_TOKENS = 16
 
 
@@ -27,10 +30,12 @@ def _write_rows(
     value_cache_channel,
     slot_mapping,  # int64 [>= T]
     num_tokens,
+    tags,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    SETS: tl.constexpr,
 ):
     """TOKENS tokens of one head; grid (T / TOKENS, Hk)."""
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -39,6 +44,9 @@ def _write_rows(
     slots = tl.load(slot_mapping + tokens, mask=tokens < num_tokens, other=-1)
     kept = (slots >= 0)[:, None] & (channels < HEAD_SIZE)[None, :]
     block, offset = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+    if tags is not None:
+        place, hit = find_hot(tags, head, tl.maximum(slots, 0), slots >= 0, SETS)
+        tl.store(tags + place, -1, mask=hit)
     at = key + tokens[:, None] * key_token + head * key_head + channels[None, :]
     rows = key_cache + block * key_cache_block + head * key_cache_head + offset * key_cache_token
     tl.store(rows[:, None] + channels[None, :] * key_cache_channel, tl.load(at, mask=kept), kept)
@@ -55,6 +63,7 @@ def write_kv(
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     key_rows: torch.Tensor | None = None,
+    hot: HotRows | None = None,
 ) -> None:
     """See `ops.write_kv`."""
     num_tokens, heads, head_size = key.shape
@@ -64,6 +73,7 @@ def write_kv(
         # Pages that a GPU reads are token-major, and need no rows; where they are asked for,
         # writing K twice is good enough.
         write_kv(key, key, key_rows, key_rows, slot_mapping)
+    tags, _, sets = hot_arguments(hot)
     _write_rows[(triton.cdiv(num_tokens, _BLOCK_TOKENS), heads)](
         key,
         *key.stride()[:2],
@@ -75,8 +85,10 @@ def write_kv(
         *value_cache.stride(),
         slot_mapping,
         num_tokens,
+        tags,
         BLOCK_SIZE=key_cache.shape[2],
         HEAD_SIZE=head_size,
         TOKENS=_BLOCK_TOKENS,
         CHANNELS=triton.next_power_of_2(head_size),
+        SETS=sets,
     )

@@ -89,8 +89,8 @@ def test_gpus(monkeypatch, gpu, name):
         if name == "reference":
             has_it = "reference"
         # What was not asked for takes the place of nothing that is made of others.
-        alone = op in ("propose_topk", "retrieve_attention")
-        at_once = ("append_tokens", "retrieve_topk")
+        alone = op == "propose_topk"
+        at_once = ("append_tokens", "retrieve_topk", "retrieve_attention")
         if alone or (op in at_once and name in ("cuda", "reference")):
             has_it = "composed"
         assert choice.name == has_it
