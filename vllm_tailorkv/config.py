@@ -163,6 +163,14 @@ class TailorKVConfig(BaseModel):
         "its share of vLLM's cache memory; on GPUs: 60% of the memory available, shared by the "
         "workers of a machine.",
     )
+    hot_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=MOST_TOKENS,
+        description="Tokens of which each KV head of a sparse layer keeps K and V on the GPU too, "
+        "the ones read last: they cost no transfer. A power of two, or the next one; 0: none. On "
+        "GPUs only.",
+    )
     guard_share: float = Field(
         default=0,
         ge=0,

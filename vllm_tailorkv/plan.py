@@ -18,6 +18,14 @@ HOST_SHARE = 0.6
 """Of the memory available to a GPU's worker, what its host pool takes by default."""
 
 
+_FEWEST_HOT = 64
+
+
+def hot_sets(tokens: int) -> int:
+    """Places of each KV head for rows on the device, where `tokens`, positive, are asked for."""
+    return 1 << (max(tokens, _FEWEST_HOT) - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Plan:
     """What serving does, decided.
@@ -174,6 +182,11 @@ def make_plan(
     config = load_config(options)
     if device == "cuda":
         config = _for_gpu(config)
+    elif config.hot_tokens:
+        raise TailorKVError(
+            f"hot_tokens={config.hot_tokens} is for GPUs, which read K and V over the bus; leave "
+            "it out"
+        )
     elif config.host_pool_gib is not None and config.placement != "split":
         raise TailorKVError(
             f'host_pool_gib={config.host_pool_gib:g} needs placement="split", is '

@@ -162,6 +162,15 @@ CASES = (
 )
 
 
+def hot_rows(heads: int, case: Case) -> HotRows:
+    """Room for some."""
+    return HotRows(
+        torch.zeros(heads, 4096, dtype=torch.int32),
+        torch.zeros(heads, 4096, 2, case.head_size, dtype=case.dtype),
+        torch.zeros(2, dtype=torch.int64),
+    )
+
+
 def calls(case: Case) -> Iterator[Callable[[], Any]]:
     """Every op on tensors of these shapes."""
     heads, block_size, blocks = 8, 128, 2
@@ -212,11 +221,7 @@ def calls(case: Case) -> Iterator[Callable[[], Any]]:
             options = (8, 8, 128, case.head_size, every_head, 0.1, 0.0, 16 * block_size)
             yield partial(kernels.retrieve_topk, *arguments, *options)
         if case.key_layout is KeyLayout.TOKEN_MAJOR:
-            hot = HotRows(
-                torch.zeros(heads, 4096, dtype=torch.int32),
-                query.new_zeros(heads, 4096, 2, case.head_size),
-                torch.zeros(2, dtype=torch.int64),
-            )
+            hot = hot_rows(heads, case)
             yield partial(kernels.append_tokens, *appended, True, hot)
             arguments = (query, query, derived, host.key, *host[:2], table, lengths, lengths)
             options = (8, 8, 128, 1008, case.head_size, True, 0.1, 0.0, 16 * block_size, hot)

@@ -155,7 +155,7 @@ def engine(job: dict[str, Any]) -> Iterator[tuple[Any, Counted]]:
     from vllm_tailorkv.kernels import ops  # noqa: PLC0415
 
     counted = Counted()
-    for name in ("quantized_decode_attention", "sparse_decode_attention", "stage_rows"):
+    for name in ("quantized_decode_attention", "retrieve_attention", "stage_rows"):
         counted.watch(ops, name)
     counted.watch(CudaGraphManager, "run_fullgraph")
     if job.get("forced"):
@@ -319,11 +319,14 @@ def steps(
             begun.setdefault(output.request_id, now - start)
         if len(outputs) == len(ids):
             arrivals.append(now)
+        if len(arrivals) == 1 + warm:
+            kept = hot_rows()
     stepper.abort_request(ids)
     while stepper.has_unfinished_requests():
         stepper.step()
     if len(arrivals) < wanted:
         return None
+    found, fetched = (now - before for now, before in zip(hot_rows(), kept, strict=True))
     times = [later - now for now, later in pairwise(arrivals)][warm:]
     median = statistics.median(times)
     return {
@@ -334,7 +337,16 @@ def steps(
         "min_seconds_per_token": round(min(times), 6),
         "tokens_per_second": round(len(ids) / median, 2),
         "steps": len(times),
+        **({"hot_rows_found": found, "hot_rows_fetched": fetched} if found + fetched else {}),
     }
+
+
+def hot_rows() -> list[int]:
+    """Rows of K and V found on the device, and fetched, by all layers so far."""
+    from vllm_tailorkv.attention.hot import counts_on  # noqa: PLC0415
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return counts_on(device).tolist()
 
 
 JOBS: dict[str, Callable[[dict[str, Any], Tell], None]] = {

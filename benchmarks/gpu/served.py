@@ -7,11 +7,12 @@ and with padding. So tokens are compared up to the first that differ, and these 
 import random
 from typing import Any
 
-VARIANTS = ("exact", "everything", "budget")
+VARIANTS = ("exact", "everything", "budget", "hot")
 """Of options of tailorkv.
 
 exact: contexts are attended in full. everything: the tailored ops serve, but all tokens are
-selected, and codes are never read. budget: tokens are selected and codes are read.
+selected, and codes are never read. budget: tokens are selected and codes are read. hot: the same,
+and rows that were read last are kept on the device, fewer than there are.
 """
 
 
@@ -26,6 +27,7 @@ def options_of(variant: str, beyond: int) -> dict[str, Any]:
         "everything": {"topk_tokens": beyond, "recent_tokens": 16, "residual_tokens": beyond},
         "budget": {"topk_tokens": 40, "sink_tokens": 4, "recent_tokens": 16},
     }
+    options["hot"] = options["budget"] | {"hot_tokens": 256}
     return options[variant] | {"profile": {"dense_layers": [0]}}
 
 

@@ -50,7 +50,7 @@ def test_whole_prompts_and_prefix_hits(found: dict[str, Any], expected: dict[str
     assert found["cached"] == expected["cached"] > 0
     counted = found["counted"]
     assert counted["quantized_decode_attention"] > 0
-    assert counted["sparse_decode_attention"] == counted["quantized_decode_attention"]
+    assert counted["retrieve_attention"] == counted["quantized_decode_attention"]
     # All prompts are fresh: their K and V are at hand.
     assert counted["stage_rows"] == 0
 

@@ -46,7 +46,7 @@ from counted import Counted  # noqa: E402
 from engines import engine, greedy, random_prompts  # noqa: E402
 from features import metric  # noqa: E402
 
-from vllm_tailorkv.attention import impl, staged, varlen  # noqa: E402
+from vllm_tailorkv.attention import hot, impl, staged, varlen  # noqa: E402
 
 OPTIONS = {"topk_tokens": 40, "bits": 4, "profile": {"dense_layers": [0]}}
 ARGUMENTS = {
@@ -64,9 +64,9 @@ COUNTED = Counted()
 
 
 @contextmanager
-def opened(**changes: Any) -> Iterator[Any]:
+def opened(hot_tokens: int = 0, **changes: Any) -> Iterator[Any]:
     memory = {"kv_cache_memory_bytes": 64 << 20}
-    pool = {"host_pool_gib": 0.05} if ON_GPU else {}
+    pool = {"host_pool_gib": 0.05, "hot_tokens": hot_tokens} if ON_GPU else {}
     with engine(MODEL, OPTIONS | pool, **(ARGUMENTS | memory | changes)) as llm:
         yield llm
 
@@ -86,10 +86,13 @@ def whole_prompts() -> dict[str, Any]:
 
 
 def chunks_and_preemption() -> dict[str, Any]:
-    """Prompts in chunks, beside decode steps, in a cache that does not hold them all."""
+    """Prompts in chunks, beside decode steps, in a cache that does not hold them all.
+
+    Blocks are used again, by others, whose rows are not those that were kept of them.
+    """
     prompts = random_prompts([120, 250, 330], seed=2)
     arguments = {"max_model_len": 512, "num_gpu_blocks_override": 8, "max_num_batched_tokens": 100}
-    with opened(**arguments) as llm:
+    with opened(hot_tokens=256, **arguments) as llm:
         tokens = greedy(llm, prompts, 12)
         preemptions = metric(llm, "num_preemptions")
     return {"tokens": tokens, "preemptions": preemptions}
@@ -152,11 +155,13 @@ def pieces() -> dict[str, Any]:
 def graphs() -> dict[str, Any]:
     """Decode steps replayed, rows of padding among them; lengths grow past groups and blocks."""
     prompts = random_prompts([60, 255, 330], seed=4)
-    with opened() as llm:
+    with opened(hot_tokens=2048) as llm:
         captured = rehearsal.stand_in_for_graphs(llm) if ON_GPU else []
         tokens = greedy(llm, prompts, STEPS)
         alone = greedy(llm, prompts[1:2], STEPS)
+        kept = hot.counts_on(torch.device("cpu")).tolist() if ON_GPU else []
     return {
+        "kept": kept,
         "tokens": tokens,
         "alone": alone,
         "replays": [graph.replays for graph in captured],
@@ -164,7 +169,7 @@ def graphs() -> dict[str, Any]:
 
 
 def main() -> None:
-    for name in ("quantized_decode_attention", "sparse_decode_attention", "stage_rows"):
+    for name in ("quantized_decode_attention", "retrieve_attention", "stage_rows"):
         COUNTED.watch(impl.ops, name)
     every = (whole_prompts, chunks_and_preemption, small_buffer, pieces, graphs)
     wanted = sys.argv[3:] or [scenario.__name__ for scenario in every]

@@ -18,12 +18,14 @@ from vllm_tailorkv.attention.counting import StepCounter
 from vllm_tailorkv.attention.cpu_batch import CpuBatch
 from vllm_tailorkv.attention.gpu_batch import GpuBatch
 from vllm_tailorkv.attention.guard import Guard
+from vllm_tailorkv.attention.hot import HotMeter
 from vllm_tailorkv.attention.impl import TailorKVImpl
 from vllm_tailorkv.attention.metadata import TailorKVMetadata
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.failures import noted
 from vllm_tailorkv.kernels.dispatch import OPS, choose
+from vllm_tailorkv.layout import DerivedKind
 
 
 class Batch(Protocol):
@@ -75,6 +77,16 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
             self.batch = GpuBatch(kv_cache_spec, plan.config, vllm_config, device, impl.staging)
         else:
             self.batch = CpuBatch(kv_cache_spec, plan.config, num_heads)
+        self.hot: HotMeter | None = None
+        if plan.config.hot_tokens and kv_cache_spec.layout.kind is not DerivedKind.DENSE:
+            chosen = choose("retrieve_attention", device.type)
+            if chosen.name != "triton":
+                raise TailorKVError(
+                    f"hot_tokens={plan.config.hot_tokens} needs the ops in Triton, but "
+                    f"{chosen.name} was chosen ({chosen.reason}); leave it out, or unset "
+                    "VLLM_TAILORKV_KERNELS"
+                )
+            self.hot = HotMeter(device)
         parallel = vllm_config.parallel_config
         self.counter = StepCounter(
             kv_cache_spec.layout,
@@ -98,6 +110,8 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
             raise TailorKVError("--attention-backend tailorkv serves causal attention only")
         metadata = self.batch.build(common_attn_metadata)
         self.counter.count(common_attn_metadata)
+        if self.hot is not None:
+            self.hot.look()
         if self.guard is not None:
             metadata.guard = self.guard.next(metadata.decode)
         return metadata

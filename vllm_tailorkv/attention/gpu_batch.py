@@ -20,6 +20,8 @@ from vllm_tailorkv.attention.staged import StagedRows, Staging
 from vllm_tailorkv.attention.workspace import Workspace
 from vllm_tailorkv.config import TailorKVConfig
 
+_ALIGNED = 64
+
 
 class GpuBatch:
     """Makes the metadata of batches for the layers of one spec."""
@@ -96,7 +98,8 @@ class GpuBatch:
             seq_lens,
             common.block_table_tensor[first:last],
             tail_start,
-            common.max_seq_len,
+            # Kernels are compiled anew for a length that is no multiple of 16.
+            -(-common.max_seq_len // _ALIGNED) * _ALIGNED,
         )
 
     def _exact_rows(

@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_tailorkv.attention.carried import plan_of
+from vllm_tailorkv.attention.hot import make_hot_rows
 from vllm_tailorkv.attention.metadata import DecodeRows, Step, TailorKVMetadata
 from vllm_tailorkv.attention.name import LOGGER, OTHER_BACKEND
 from vllm_tailorkv.attention.selection import (
@@ -29,7 +30,7 @@ from vllm_tailorkv.cache.views import derived_pages, host_pages
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.failures import noted
 from vllm_tailorkv.kernels import ops
-from vllm_tailorkv.kernels.types import DenseCodes
+from vllm_tailorkv.kernels.types import DenseCodes, HotRows
 
 logger = init_logger(LOGGER)
 
@@ -84,6 +85,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             varlen = choose_varlen(asked)
             self.staging = Staging(varlen, self.num_kv_heads, head_size, dtype, vllm_config)
         self.spec: TailorKVSpec | None = None
+        self.hot: HotRows | None = None
         self.pages: Pages | None = None
         self.layer_name = ""
         self.selector: Selector = retrieve
@@ -113,6 +115,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         raw = kv_cache.flatten(1).view(torch.uint8)
         if raw.device.type == "cpu" and (reason := advise_huge_pages(raw)):
             logger.info_once("TailorKV: vLLM's cache keeps small pages: %s.", reason)
+        self._keep_hot(raw.device)
         pool = None
         if self.spec.split:
             pool = allocate_host_pool(len(raw), layout, raw.device)
@@ -123,6 +126,14 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         self.pages = Pages(host_pages(host, layout, dtype), derived_pages(derived, layout, dtype))
         # vLLM frees a cache by dropping the tensor; our views must not keep it alive.
         self._unbind = weakref.finalize(kv_cache, self._release, pool)
+
+    def _keep_hot(self, device: torch.device) -> None:
+        """Room on the device for rows of the pages, which are others from now on."""
+        assert self.spec is not None
+        if self.hot is None:
+            self.hot = make_hot_rows(self.spec, self.config.hot_tokens, device)
+        else:
+            self.hot.tags.fill_(-1)
 
     def _release(self, pool: HostPool | None) -> None:
         self.pages = None
@@ -153,6 +164,8 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         if attn_metadata is None:
             if self.staging is not None:
                 self.staging.reserve(query.device)
+            if self.spec is not None:
+                self._keep_hot(query.device)
             return output
         assert self.pages is not None
         host, derived = self.pages.host, self.pages.derived
@@ -169,9 +182,9 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         written = (step.key, step.value, host.key, host.value, attn_metadata.slot_mapping)
         groups, fit = attn_metadata.groups, self.config.fit_codes
         if attn_metadata.single_tokens:
-            ops.append_tokens(*written, groups, derived, fit)
+            ops.append_tokens(*written, groups, derived, fit, self.hot)
         else:
-            ops.write_kv(*written, host.key_rows)
+            ops.write_kv(*written, host.key_rows, self.hot)
             if len(groups):
                 ops.quantize_groups(groups, host.key, host.value, derived, fit)
         if attn_metadata.exact is not None:
@@ -204,7 +217,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         else:
             layer = Layer(self.pages, self.config, self.scale, self.softcap, metadata.workspace)
             if self.selector is retrieve:
-                attend_retrieved(result, query, layer, rows)
+                attend_retrieved(result, query, layer, rows, self.hot)
             else:
                 attend_selected(result, query, self.selector(query, layer, rows), layer, rows)
         if metadata.guard is not None:

@@ -49,6 +49,13 @@ DERIVED_WRITTEN = Metric(
     "counter",
     "Bytes of codes and indexes written.",
 )
+HOT_ROWS = Metric(
+    "tailorkv_hot_rows",
+    "counter",
+    "Rows of K and V that decode steps were about to read: found on the GPU, or fetched over the "
+    "bus. Each KV head and layer counts.",
+    ("layers", "were"),
+)
 CACHE_BLOCKS = Metric(
     "tailorkv_cache_blocks",
     "gauge_sum",
@@ -90,6 +97,7 @@ METRICS = (
     HOST_WRITTEN,
     DERIVED_READ,
     DERIVED_WRITTEN,
+    HOT_ROWS,
     CACHE_BLOCKS,
     CACHE_BLOCKS_USED,
     GUARD_ERROR,

@@ -10,7 +10,7 @@ from vllm_tailorkv.attention.workspace import Workspace
 from vllm_tailorkv.cache.views import HostPages
 from vllm_tailorkv.config import TailorKVConfig
 from vllm_tailorkv.kernels import ops
-from vllm_tailorkv.kernels.types import DenseCodes, DerivedPages
+from vllm_tailorkv.kernels.types import DenseCodes, DerivedPages, HotRows
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,17 @@ def retrieve(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torch.Tenso
 
 
 def attend_retrieved(
-    output: torch.Tensor, query: torch.Tensor, layer: Layer, rows: DecodeRows
+    output: torch.Tensor,
+    query: torch.Tensor,
+    layer: Layer,
+    rows: DecodeRows,
+    hot: HotRows | None = None,
 ) -> None:
     """Attend to sinks, what `retrieve` finds, and the tail, in one op.
 
     Args:
         output, query: [R, H, d], the model's dtype.
+        hot: rows of the layer on the device.
     """
     host, index = layer.pages.host, layer.pages.derived
     assert not isinstance(index, DenseCodes)
@@ -91,6 +96,7 @@ def attend_retrieved(
         rows.seq_lens,
         rows.tail_start,
         topk=layer.config.topk_tokens,
+        hot=hot,
         **_options(layer, rows),
     )
 

@@ -16,7 +16,7 @@ from vllm_tailorkv.cache.sizing import CacheSizing, size_cache
 from vllm_tailorkv.kernels.composed import SCORES_BYTES
 from vllm_tailorkv.kernels.types import SPREAD_GROUPS
 from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
-from vllm_tailorkv.plan import Plan
+from vllm_tailorkv.plan import Plan, hot_sets
 
 SECTOR_BYTES = {"cuda": 32, "cpu": 64}
 """The least that a read of a few bytes costs: a sector of a GPU, a cache line of a CPU."""
@@ -94,6 +94,7 @@ class Fit:
         worker: whose memory it is.
         staging: bytes of the buffer that prompts with a prefix on the host are attended from.
         scores: bytes of the scores of an index.
+        hot: bytes of rows that lie on a GPU too.
         block_size: tokens of a block.
         pool_block: bytes of a block in vLLM's pool, all layers.
         host_block: bytes of a block in a pool of our own, all layers; 0 without one.
@@ -107,6 +108,7 @@ class Fit:
     worker: Worker
     staging: int
     scores: int
+    hot: int
     block_size: int
     pool_block: int
     host_block: int
@@ -119,7 +121,8 @@ class Fit:
     def cache(self) -> int:
         """Bytes that vLLM finds for its cache; negative: so many are missing."""
         worker = self.worker
-        return worker.usable - worker.weights - worker.overhead - self.staging - self.scores
+        scratch = self.staging + self.scores + self.hot
+        return worker.usable - worker.weights - worker.overhead - scratch
 
     @property
     def blocks_by_memory(self) -> int:
@@ -186,7 +189,7 @@ def fit_vllm(name: str, worker: Worker, *, itemsize: int, block_size: int) -> Fi
     block = worker.num_layers * token * block_size
     cache = worker.usable - worker.weights - worker.overhead
     blocks = max(0, cache) // block
-    return Fit(name, worker, 0, 0, block_size, block, 0, None, blocks, (every,))
+    return Fit(name, worker, 0, 0, 0, block_size, block, 0, None, blocks, (every,))
 
 
 def layouts_of(worker: Worker, plan: Plan, block_size: int) -> dict[int, PageLayout]:
@@ -208,13 +211,15 @@ def fit_tailorkv(name: str, worker: Worker, plan: Plan, *, block_size: int) -> F
     layouts = layouts_of(worker, plan, block_size)
     sizing = size_cache(layouts, 0, split=plan.split)
     staging, scores = scratch_bytes(worker, plan)
-    cache = worker.usable - worker.weights - worker.overhead - staging - scores
+    hot = hot_bytes(worker, plan)
+    cache = worker.usable - worker.weights - worker.overhead - staging - scores - hot
     memory = sizing.memory_for_vllm(max(0, cache), plan.host_pool)
     return Fit(
         name,
         worker,
         staging,
         scores,
+        hot,
         block_size,
         sizing.pool_bytes,
         sizing.host_bytes if sizing.split else 0,
@@ -236,6 +241,15 @@ def scratch_bytes(worker: Worker, plan: Plan) -> tuple[int, int]:
     row = 4 * worker.num_kv_heads * worker.longest
     scores = max(SCORES_BYTES, row) if plan.layers.sparse else 0
     return min(STAGING_BYTES, worker.longest * token), scores
+
+
+def hot_bytes(worker: Worker, plan: Plan) -> int:
+    """On a GPU, bytes of rows that lie there too, and of what says whose they are."""
+    if not plan.config.hot_tokens:
+        return 0
+    row = 2 * worker.head_size * worker.itemsize + 4
+    layers = sum(not plan.layers.is_dense(layer) for layer in range(worker.num_layers))
+    return layers * worker.num_kv_heads * hot_sets(plan.config.hot_tokens) * row
 
 
 def reads_of_request(worker: Worker, plan: Plan, layouts: Mapping[int, PageLayout]) -> list[Read]:

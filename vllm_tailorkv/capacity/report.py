@@ -97,6 +97,7 @@ def _memory_table(plan: Plan, fits: Sequence[Fit], workers: int) -> Table:
     row(f"- {allowed} (allowed)", lambda fit: _gib(fit.worker.overhead))
     row("- prompts, staged", lambda fit: _gib(fit.staging) if fit.staging else "")
     row("- scores of the index", lambda fit: _gib(fit.scores) if fit.scores else "")
+    row("- rows kept (hot_tokens)", lambda fit: _gib(fit.hot) if fit.hot else "")
     row("= for the cache", lambda fit: _gib(fit.cache))
     row("  in bytes", lambda fit: f"{fit.cache:,}")
     pool_of = "host_pool_gib"
@@ -260,6 +261,7 @@ def _fit_as_json(plan: Plan, fit: Fit, cards: Sequence[Card]) -> dict[str, Any]:
         "overhead_bytes": worker.overhead,
         "staging_bytes": fit.staging,
         "scores_bytes": fit.scores,
+        "hot_bytes": fit.hot,
         "cache_bytes": fit.cache,
         "host_pool_bytes": fit.host_pool,
         "block_size": fit.block_size,
