@@ -1,11 +1,11 @@
-"""Build of vllm_tailorkv: the package, its C++ ops for CPUs and its CUDA ops.
+"""Build of vllm_tailorkv: the package, its C++ ops for CPUs and its CUDA op.
 
 torch and vLLM come from the environment (their wheels differ by platform), so install with
 `pip install --no-build-isolation .` where torch is installed.
 
-The CUDA ops need nvcc alone, neither a GPU nor a CUDA build of torch:
-    TAILORKV_CUDA        `auto` (default): build them where nvcc is found; `1`: fail where it is
-                         not; `0`: leave them out.
+The CUDA op needs nvcc alone, neither a GPU nor a CUDA build of torch:
+    TAILORKV_CUDA        `auto` (default): build it where nvcc is found; `1`: fail where it is
+                         not; `0`: leave it out.
     TAILORKV_CUDA_ARCHS  compute capabilities as "80 90"; default: those from 80 to 120 that
                          nvcc knows. The highest is kept as PTX too, for later GPUs.
 nvcc is looked for in CUDA_HOME, on PATH and in /usr/local/cuda.
@@ -135,7 +135,7 @@ def cuda_library(nvcc: Path) -> Path:
 
 
 def cuda_extension() -> Extension | None:
-    """The CUDA ops, or None where they are not to be built."""
+    """The CUDA op, or None where it is not to be built."""
     wanted = os.environ.get("TAILORKV_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"TAILORKV_CUDA={wanted} is unknown; choose auto, 0 or 1")
@@ -179,7 +179,7 @@ def sanitize() -> bool:
 
 
 class Build(BuildExtension):
-    """Compiles the kernels with nvcc, then the rest like any extension.
+    """Compiles the CUDA kernel with nvcc, then the rest like any extension.
 
     torch's own support for CUDA sources needs a CUDA build of torch.
     """

@@ -1,5 +1,5 @@
 // Every op of the torch library `vllm_tailorkv`, once for all devices. Contracts stand in
-// `kernels/ops.py` and `kernels/cuda.py`; a list of tensors is what `kernels/types.py` flattens to.
+// `kernels/ops.py`; a list of tensors is what `kernels/types.py` flattens to.
 #pragma once
 
 namespace tailorkv {
@@ -38,11 +38,6 @@ inline constexpr const char* kSchemas[] = {
     "int channels, bool every_head, float scale, float softcap, int max_tail_start) -> ()",
     "dense_preference(Tensor query, Tensor key, float alpha, float scale, float softcap) "
     "-> Tensor",
-    "gather_rows(Tensor(a!) key_rows, Tensor(b!) value_rows, Tensor key_cache, "
-    "Tensor value_cache, Tensor indices, Tensor block_table) -> ()",
-    "pack_codes(Tensor(a!) packed, Tensor codes, int bits) -> ()",
-    "unpack_codes(Tensor(a!) codes, Tensor packed, int bits) -> ()",
-    "reduce_channels(Tensor groups, Tensor key_cache, Tensor(a!) extremes) -> ()",
     "isa() -> str",
     "set_isa(str name) -> ()",
     "cuda_archs() -> str",

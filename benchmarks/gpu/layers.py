@@ -54,7 +54,7 @@ def find_op(op: str, device: torch.device) -> Op:
 def topk_by_torch(
     indices: torch.Tensor, scores: torch.Tensor, tail_start: torch.Tensor, sink_tokens: int
 ) -> None:
-    """`select_topk` where the CUDA ops were not built: right but for ties, and slow."""
+    """`select_topk` where the CUDA op was not built: right but for ties, and slow."""
     at = torch.arange(scores.shape[2], device=scores.device)
     outside = (at < sink_tokens) | (at >= tail_start[:, None, None])
     best = scores.masked_fill(outside, -float("inf")).topk(indices.shape[2]).indices

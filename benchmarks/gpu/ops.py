@@ -61,7 +61,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_tailorkv.cache.views import derived_pages
 from vllm_tailorkv.errors import TailorKVError
-from vllm_tailorkv.kernels import cuda, reference
+from vllm_tailorkv.kernels import reference
 from vllm_tailorkv.layout import DerivedKind, KeyLayout
 
 ROTATED_BYTES = 512 << 20
@@ -368,22 +368,6 @@ def measure_staging(run: Run, floors: Floors, pool: Pool, context: int) -> None:
     write_op(run, floors, "stage_rows", stage.name, calls, hbm=size, pcie=size, context=context)
 
 
-def measure_gather(run: Run, floors: Floors, pool: Pool, context: int) -> None:
-    """The row gather of the CUDA ops, where they were built."""
-    if reason := cuda.unavailable():
-        print(f"gather_rows is left out: {reason}", file=sys.stderr)
-        return
-    calls: list[Callable[[], object]] = []
-    for _ in range(run.turns):
-        request = make_request(pool, context, 8)
-        shape = request.indices.shape
-        chosen = torch.randint(SINKS, context - 128, shape, device=run.device, dtype=torch.int32)
-        rows = torch.empty(2, *shape, HEAD_SIZE, device=run.device, dtype=DTYPE)
-        calls.append(partial(cuda.gather_rows, *rows, *pool.host[:2], chosen, request.block_table))
-    size = 8 * SELECTED * FULL_BYTES
-    write_op(run, floors, "gather_rows", "cuda", calls, pcie=size, context=context, batch=8)
-
-
 def measure_preference(run: Run) -> None:
     """Once a model, so its time alone is given; it asks for values, so no graph holds it."""
     length = 8192 * run.turns if run.device.type == "cuda" else 40
@@ -433,14 +417,13 @@ def measure(run: Run, floor_bytes: int) -> None:
         for pool in dense:
             measure_dense(run, floors, pool, context, batch, full)
     if time.monotonic() > run.deadline:
-        run.write(what="left out", cases="writes, preference, staging, gather, channels")
+        run.write(what="left out", cases="writes, preference, staging, channels")
         return
     measure_writes(run, floors, onebit)
     measure_groups(run, floors, onebit)
     measure_groups(run, floors, dense[0])
     measure_preference(run)
     measure_staging(run, floors, onebit, run.contexts[-1])
-    measure_gather(run, floors, onebit, run.contexts[-1])
     # Bytes have no order: the same ones serve as channel-major pages.
     channels = make_pool(host, DerivedKind.CHANNELS, key_layout=KeyLayout.CHANNEL_MAJOR)
     context = run.contexts[min(2, len(run.contexts) - 1)]

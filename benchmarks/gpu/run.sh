@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a GPU machine must tell, in under 9 minutes (SECONDS_IN_ALL: in so many seconds,
 # of which the tests may take TEST_SECONDS).
-# It needs a checkout, torch, Triton and, for the CUDA ops, nvcc; neither vLLM nor a network.
+# It needs a checkout, torch, Triton and, for the CUDA op, nvcc; neither vLLM nor a network.
 #
 #     bash benchmarks/gpu/run.sh [OUT]     build, test, measure; results in the folder OUT
 #     bash benchmarks/gpu/run.sh --rehearse [OUT]    the same path on a CPU, tiny and unbuilt
@@ -55,7 +55,7 @@ if [[ -z $rehearse ]]; then
         timeout 150 $python setup.py build_ext --inplace >"$out/build.log" 2>&1 ||
         { fail "the build failed:"; tail -5 "$out/build.log"; }
     $python -c 'import sys; from vllm_tailorkv.kernels import cuda; sys.exit(cuda.unavailable())' ||
-        fail "the CUDA ops cannot run"
+        fail "the CUDA op cannot run"
 fi
 
 step "tests: tests.log"

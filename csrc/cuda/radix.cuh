@@ -17,12 +17,6 @@ TAILORKV_HD constexpr Digit digit_of_pass(int pass) {
 }
 TAILORKV_HD constexpr int bins_of_pass(int pass) { return 1 << digit_of_pass(pass).bits; }
 
-// All histograms of a pair, one behind the other.
-TAILORKV_HD constexpr int first_bin_of_pass(int pass) {
-  return pass == 0 ? 0 : first_bin_of_pass(pass - 1) + bins_of_pass(pass - 1);
-}
-constexpr int kBins = first_bin_of_pass(kPasses);
-
 // Orders as the scores do; -0.0 equals 0.0.
 TAILORKV_HD uint32_t sort_key(float score) {
   score += 0.0f;

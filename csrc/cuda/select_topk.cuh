@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(Threads, 3)
   }
 }
 
-// Launch it. `launch` starts kernels one after another.
+// Launch it: `launch` starts the kernel.
 //   workspace: topk_bytes(op, parts) bytes, aligned to 16
 template <int Threads, class Launch>
 void run_select_topk(Launch& launch, const SelectTopk& op, void* workspace, int32_t parts) {

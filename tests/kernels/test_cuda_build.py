@@ -18,14 +18,6 @@ ARCHS = ["80", "90"]
 MOST_REGISTERS = {
     # Three blocks of 512 threads on a multiprocessor of 65536 registers.
     "select_tokens": 40,
-    # Four blocks of 256 threads; the data under way takes 32.
-    "copy_rows": 64,
-    "pack_vectors": 32,
-    "unpack_vectors": 32,
-    "pack_bytes": 32,
-    "unpack_bytes": 32,
-    "reduce_token_major": 40,
-    "reduce_channel_major": 40,
 }
 """Bounds that keep a multiprocessor as full as each kernel needs it."""
 
@@ -34,7 +26,7 @@ MOST_REGISTERS = {
 def nvcc(monkeypatch):
     found = setup_functions(monkeypatch)["find_nvcc"]()
     if found is None:
-        message = "nvcc was not found: the CUDA kernels were NOT compiled"
+        message = "nvcc was not found: the CUDA kernel was NOT compiled"
         if os.environ.get("TAILORKV_REQUIRE_NVCC") == "1":
             pytest.fail(message)
         pytest.skip(message)
@@ -67,7 +59,7 @@ def test_kernels_compile_without_spills(nvcc, monkeypatch, tmp_path, arch, recor
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     kernels = resources(result.stderr)
-    assert len(kernels) == 18
+    assert len(kernels) == 1
     for name, used in kernels.items():
         record_property(name, used)
         kernel = next(kernel for kernel in MOST_REGISTERS if re.search(rf"\d{kernel}I", name))

@@ -37,7 +37,6 @@ struct alignas(16) uint4 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
-inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 namespace emulator {
 
@@ -200,10 +199,5 @@ inline void __threadfence() {}
 
 template <class T>
 T __ldcg(const T* from) {
-  return *from;
-}
-
-template <class T>
-T __ldcs(const T* from) {
   return *from;
 }
