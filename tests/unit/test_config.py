@@ -37,6 +37,7 @@ DEFAULTS = {
     "placement": "auto",
     "key_rows": True,
     "host_pool_gib": None,
+    "hot_tokens": 0,
     "guard_share": 0.0,
     "guard_bound": 0.5,
 }

@@ -17,11 +17,14 @@ _SECONDS = 0.5
 
 
 @cache
+@torch.inference_mode(mode=False)
 def counts_on(device: torch.device) -> torch.Tensor:
     """What all layers on a device count together."""
     return torch.zeros(2, dtype=torch.int64, device=device)
 
 
+# vLLM measures memory in inference mode, whose tensors could not be written to outside of it.
+@torch.inference_mode(mode=False)
 def make_hot_rows(spec: TailorKVSpec, tokens: int, device: torch.device) -> HotRows | None:
     """Room for the rows of a layer that were read last, or None if it keeps none.
 
