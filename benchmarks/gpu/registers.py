@@ -29,10 +29,10 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from vllm_tailorkv.cache.views import derived_pages, host_pages
+from vllm_tailorkv.cache.views import HostPages, derived_pages, host_pages
 from vllm_tailorkv.kernels import triton as kernels
 from vllm_tailorkv.kernels.triton import attend
-from vllm_tailorkv.kernels.types import DenseCodes, HotRows
+from vllm_tailorkv.kernels.types import DenseCodes, HotRows, TokenIndex
 from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
 
 ARCHS = (80, 90)
@@ -213,33 +213,49 @@ def calls(case: Case) -> Iterator[Callable[[], Any]]:
             queries = query.new_zeros(32, heads * case.per_head, case.head_size)
             yield partial(kernels.dense_preference, queries, prompt, 0.05, 0.1, 0.0)
             continue
-        scored = torch.zeros(rows, heads, case.per_head, case.head_size)
-        scores = torch.zeros(rows, heads, 16 * block_size)
-        found = torch.zeros(rows, heads, 128, dtype=torch.int32)
-        for every_head in (True, False):
-            arguments = (found, query, derived, host.key, host.key, table, lengths, lengths)
-            options = (8, 8, 128, case.head_size, every_head, 0.1, 0.0, 16 * block_size)
-            yield partial(kernels.retrieve_topk, *arguments, *options)
-        if case.key_layout is KeyLayout.TOKEN_MAJOR:
-            hot = hot_rows(heads, case)
-            yield partial(kernels.append_tokens, *appended, True, hot)
-            arguments = (query, query, derived, host.key, *host[:2], table, lengths, lengths)
-            options = (8, 8, 128, 1008, case.head_size, True, 0.1, 0.0, 16 * block_size, hot)
-            yield partial(kernels.retrieve_attention, *arguments, *options)
-        mass = query.new_zeros(query.shape[:2], dtype=torch.float32)
-        arguments = (mass, query, host.key, table, lengths, lengths, 8, 0.1, 0.0)
-        yield partial(kernels.log_mass, *arguments)
-        offset = mass.view(scored.shape[:3])
-        arguments = (scores, scored, derived, host.key, table, lengths, offset, 8, 8)
-        yield partial(kernels.score_tokens, *arguments)
-        indices = torch.zeros(rows, heads, 128, dtype=torch.int32)
-        attention = (torch.empty_like(query), query, *host[:2], indices, table, lengths)
-        yield partial(kernels.sparse_decode_attention, *attention, lengths, 8, 0.1, 0.0)
-        for count in (1008, 8192):  # the default, and the most that spill nothing
-            candidates = torch.zeros(rows, heads, count, dtype=torch.int32)
-            for channels in (case.head_size, case.head_size * 3 // 8):
-                arguments = (indices, candidates, query, host.key, table, mass, channels, 0.1, 0.0)
-                yield partial(kernels.rerank_topk, *arguments)
+        yield from sparse_calls(case, host, derived, table, lengths, query)
+
+
+def sparse_calls(
+    case: Case,
+    host: HostPages,
+    derived: TokenIndex,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    query: torch.Tensor,
+) -> Iterator[Callable[[], Any]]:
+    """The ops of a sparse layer's decode step."""
+    rows, heads, block_size = len(table), *host.key.shape[1:3]
+    scored = torch.zeros(rows, heads, case.per_head, case.head_size)
+    scores = torch.zeros(rows, heads, 16 * block_size)
+    found = torch.zeros(rows, heads, 128, dtype=torch.int32)
+    for every_head in (True, False):
+        arguments = (found, query, derived, host.key, host.key, table, lengths, lengths)
+        options = (8, 8, 128, case.head_size, every_head, 0.1, 0.0, 16 * block_size)
+        yield partial(kernels.retrieve_topk, *arguments, *options)
+    if case.key_layout is KeyLayout.TOKEN_MAJOR:
+        hot = hot_rows(heads, case)
+        tokens = query.new_zeros(16, heads, case.head_size)
+        groups = torch.zeros(16, dtype=torch.int64)
+        appended = (tokens, tokens, *host[:2], groups, groups, derived)
+        yield partial(kernels.append_tokens, *appended, True, hot)
+        arguments = (query, query, derived, host.key, *host[:2], table, lengths, lengths)
+        options = (8, 8, 128, 1008, case.head_size, True, 0.1, 0.0, 16 * block_size, hot)
+        yield partial(kernels.retrieve_attention, *arguments, *options)
+    mass = query.new_zeros(query.shape[:2], dtype=torch.float32)
+    arguments = (mass, query, host.key, table, lengths, lengths, 8, 0.1, 0.0)
+    yield partial(kernels.log_mass, *arguments)
+    offset = mass.view(scored.shape[:3])
+    arguments = (scores, scored, derived, host.key, table, lengths, offset, 8, 8)
+    yield partial(kernels.score_tokens, *arguments)
+    indices = torch.zeros(rows, heads, 128, dtype=torch.int32)
+    attention = (torch.empty_like(query), query, *host[:2], indices, table, lengths)
+    yield partial(kernels.sparse_decode_attention, *attention, lengths, 8, 0.1, 0.0)
+    for count in (1008, 8192):  # the default, and the most that spill nothing
+        candidates = torch.zeros(rows, heads, count, dtype=torch.int32)
+        for channels in (case.head_size, case.head_size * 3 // 8):
+            arguments = (indices, candidates, query, host.key, table, mass, channels, 0.1, 0.0)
+            yield partial(kernels.rerank_topk, *arguments)
 
 
 def main() -> int:

@@ -13,6 +13,8 @@ from vllm_tailorkv.kernels.triton.launch import split_count
 from vllm_tailorkv.kernels.types import HotRows
 
 _BLOCK_TOKENS = 64
+_BLOCK_BYTES = 128
+"""Of a row, read at a time."""
 _BUSY = tl.constexpr(-2)
 """The tag of a place whose row is being written."""
 _NEVER = tl.constexpr(-3)
@@ -101,7 +103,6 @@ def _keep_rows(
     tail = tl.maximum(tl.maximum(tl.load(tail_start + row), sinks), length - most_tail)
     indices += (row * tl.num_programs(1) + head) * num_indices
     total = sinks + num_indices + length - tail
-    channels = tl.arange(0, CHANNELS)
     found, fetched = tl.zeros([TOKENS], tl.int64), tl.zeros([TOKENS], tl.int64)
     for start in range(tl.program_id(0) * TOKENS, total, tl.num_programs(0) * TOKENS):
         place = start + tl.arange(0, TOKENS)
@@ -120,12 +121,17 @@ def _keep_rows(
             tags + place, tl.where(free, old, _NEVER), busy, sem="acq_rel", scope="gpu"
         )
         won = free & (claimed == old)
-        mask = won[:, None] & (channels < HEAD_SIZE)[None, :]
-        to = rows + (place * (2 * HEAD_SIZE))[:, None] + channels[None, :]
-        line = key + block * key_block + head * key_head + offset * key_token
-        tl.store(to, tl.load(line[:, None] + channels[None, :], mask=mask), mask=mask)
-        line = value + block * value_block + head * value_head + offset * value_token
-        tl.store(to + HEAD_SIZE, tl.load(line[:, None] + channels[None, :], mask=mask), mask=mask)
+        to = rows + (place * (2 * HEAD_SIZE))[:, None]
+        from_key = key + block * key_block + head * key_head + offset * key_token
+        from_value = value + block * value_block + head * value_head + offset * value_token
+        # Whole rows of all tokens would not fit the registers.
+        for first in tl.static_range(0, HEAD_SIZE, CHANNELS):
+            channels = (first + tl.arange(0, CHANNELS))[None, :]
+            mask = won[:, None] & (channels < HEAD_SIZE)
+            k = tl.load(from_key[:, None] + channels, mask=mask)
+            v = tl.load(from_value[:, None] + channels, mask=mask)
+            tl.store(to + channels, k, mask=mask)
+            tl.store(to + HEAD_SIZE + channels, v, mask=mask)
         tl.debug_barrier()
         tl.atomic_xchg(tags + place, slot.to(tl.int32), mask=won, sem="acq_rel", scope="gpu")
         found += hit.to(tl.int64)
@@ -172,7 +178,7 @@ def keep_rows(
         _MOST_TAIL,
         BLOCK_SIZE=key_cache.shape[2],
         HEAD_SIZE=head_size,
-        CHANNELS=triton.next_power_of_2(head_size),
+        CHANNELS=_BLOCK_BYTES // key_cache.itemsize,
         SETS=hot.tags.shape[1],
         TOKENS=_BLOCK_TOKENS,
         num_warps=2,

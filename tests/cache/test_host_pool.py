@@ -21,6 +21,7 @@ from vllm_tailorkv.attention.impl import TailorKVImpl
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.cache import device_view, host_pool, memory, numa
 from vllm_tailorkv.cache.host_pool import HostPool, allocate_host_pool
+from vllm_tailorkv.config import TailorKVConfig
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
 
@@ -404,7 +405,8 @@ def layer(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> TailorKVImpl:
 
     monkeypatch.setattr(attention, "allocate_host_pool", allocate)
     layer = TailorKVImpl.__new__(TailorKVImpl)
-    layer.pages = None
+    layer.pages = layer.hot = None
+    layer.config = TailorKVConfig()
     layer.spec = TailorKVSpec(
         block_size=EVEN.block_size,
         num_kv_heads=EVEN.num_kv_heads,

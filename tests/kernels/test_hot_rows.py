@@ -10,14 +10,14 @@ from vllm_tailorkv.kernels import triton as triton_module
 from vllm_tailorkv.kernels.types import HotRows
 from vllm_tailorkv.layout import DerivedKind, KeyLayout
 
-LENGTHS = [300, 1, 0, 257, 140]
-SINKS, TOPK = 8, 40
+LENGTHS = [150, 1, 0, 131]
+SINKS, TOPK = 8, 24
 
 CASES = [
     # dtype, heads, queries a head, head_size, candidates, softcap
-    (torch.bfloat16, 2, 4, 128, 90, 0.0),
-    (torch.float16, 1, 7, 80, 40, 20.0),
-    (torch.float32, 3, 1, 64, 90, 0.0),
+    (torch.bfloat16, 2, 4, 128, 50, 0.0),
+    (torch.float16, 1, 7, 80, 24, 20.0),
+    (torch.float32, 2, 1, 64, 50, 0.0),
 ]
 
 
@@ -85,12 +85,12 @@ def served(request, build_context, placed):
     return Served(build_context, placed(triton_module), request.param)
 
 
-@pytest.mark.parametrize("sets", [16, 256, 4096])
+@pytest.mark.parametrize("sets", [16, 4096])
 def test_results_are_the_same(served, sets):
     """Cold and warm, also where most tokens have no place of their own."""
     expected = served.attend(None)
     hot = served.hot(sets)
-    for _ in range(3):
+    for _ in range(2):
         assert torch.equal(served.attend(hot), expected)
     assert (hot.tags >= 0).any()
     assert int(hot.counts.sum()) > 0
@@ -127,7 +127,7 @@ def test_rows_are_read_where_they_are_kept(served):
 @pytest.mark.parametrize("at_once", [True, False])
 def test_what_is_written_is_forgotten(served, at_once):
     served.attend(hot := served.hot(4096))
-    slots = torch.tensor([served.slot(0, 299), -1, served.slot(3, 256)])
+    slots = torch.tensor([served.slot(0, 149), -1, served.slot(3, 130)])
     shape = (len(slots), *served.host.key.shape[1::2])
     key, value = (torch.randn(shape).to(served.query.dtype) for _ in range(2))
     pages = (key, value, served.host.key, served.host.value, slots)
@@ -138,7 +138,7 @@ def test_what_is_written_is_forgotten(served, at_once):
         served.kernels.write_kv(*pages, None, hot)
     kept = set(hot.tags.flatten().tolist())
     assert not kept & {int(slots[0]), int(slots[2])}
-    assert served.slot(0, 298) in kept
+    assert served.slot(0, 148) in kept
     assert torch.equal(served.attend(hot), served.attend(None))
 
 
@@ -146,10 +146,10 @@ def test_a_long_tail_does_not_take_every_place(served, monkeypatch):
     """The last token of a long prompt attends to all of it, once."""
     from vllm_tailorkv.kernels.triton import hot as hot_module
 
-    monkeypatch.setattr(hot_module, "_MOST_TAIL", 50)
+    monkeypatch.setattr(hot_module, "_MOST_TAIL", 20)
     expected = served.attend(None)
     hot = served.hot(4096)
     assert torch.equal(served.attend(hot), expected)
     tags = set(hot.tags[0].tolist())
-    assert served.slot(0, 250) in tags
-    assert served.slot(0, 249) not in tags
+    assert served.slot(0, 130) in tags
+    assert served.slot(0, 129) not in tags

@@ -6,7 +6,7 @@ from launches import launches
 
 from vllm_tailorkv.cache.views import derived_pages, host_pages
 from vllm_tailorkv.kernels import cuda, ops
-from vllm_tailorkv.kernels.types import DenseCodes
+from vllm_tailorkv.kernels.types import DenseCodes, HotRows
 from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
 
 HEADS, SIZE, BLOCK, LONGEST = 32, 128, 64, 131072
@@ -23,7 +23,14 @@ def built() -> bool:
 pytestmark = pytest.mark.skipif(not built(), reason="no CUDA extension")
 
 
-def step(kind: DerivedKind, rows: int, per_head: int, every_head: bool, candidates: int) -> None:
+def step(
+    kind: DerivedKind,
+    rows: int,
+    per_head: int,
+    every_head: bool,
+    candidates: int,
+    hot_tokens: int = 0,
+) -> None:
     """All ops of one layer's decode step."""
     heads = HEADS // per_head
     layout = PageLayout(kind, heads, SIZE, BLOCK, BLOCK, 1, 2, KeyLayout.TOKEN_MAJOR)
@@ -40,30 +47,35 @@ def step(kind: DerivedKind, rows: int, per_head: int, every_head: bool, candidat
     key, value = (ints(rows, heads, SIZE, dtype=torch.bfloat16) for _ in range(2))
     slots, groups = (ints(rows, dtype=torch.int64) for _ in range(2))
     table, lengths, tail = ints(rows, LONGEST // BLOCK), ints(rows), ints(rows)
-    ops.append_tokens(key, value, host.key, host.value, slots, groups, derived)
+    hot = None
+    if hot_tokens:
+        kept = ints(heads, hot_tokens, 2, SIZE, dtype=torch.bfloat16)
+        hot = HotRows(ints(heads, hot_tokens), kept, ints(2, dtype=torch.int64))
+    ops.append_tokens(key, value, host.key, host.value, slots, groups, derived, hot=hot)
     pages = (output, query, host.key, host.value)
     if isinstance(derived, DenseCodes):
         ops.quantized_decode_attention(*pages, derived, table, lengths, tail, scale=0.1)
         return
-    indices = ints(rows, heads, 504)
-    ops.retrieve_topk(
-        indices,
+    ops.retrieve_attention(
+        output,
         query,
         derived,
         host.key,
         host.key,
+        host.value,
         table,
         lengths,
         tail,
         sink_tokens=8,
         critical_channels=48,
+        topk=504,
         candidates=candidates,
         channels=SIZE,
         every_head=every_head,
         scale=0.1,
         max_tail_start=LONGEST,
+        hot=hot,
     )
-    ops.sparse_decode_attention(*pages, indices, table, lengths, tail, sink_tokens=8, scale=0.1)
 
 
 @pytest.fixture
@@ -94,6 +106,19 @@ def test_sparse(count, rows, every_head):
         "_score_codes",
         "select_tokens",
         "_score_candidates",
+        "_attend_gathered",
+    ]
+
+
+def test_rows_kept_on_the_device(count):
+    """One launch fetches what is missing; a token that is written is forgotten by the same one."""
+    assert count(DerivedKind.ONEBIT, 4, 4, True, 1008, 4096) == [
+        "_derive",
+        "_log_mass",
+        "_score_codes",
+        "select_tokens",
+        "_score_candidates",
+        "_keep_rows",
         "_attend_gathered",
     ]
 

@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, compute_layer_kv_cache
 
 from vllm_tailorkv.attention.impl import Pages, TailorKVImpl
 from vllm_tailorkv.attention.spec import TailorKVSpec, layer_spec
+from vllm_tailorkv.config import TailorKVConfig
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.kernels import reference
 from vllm_tailorkv.kernels.types import ChannelIndex, DenseCodes, OnebitIndex
@@ -62,7 +63,8 @@ def make_cache(spec: TailorKVSpec, raw: torch.Tensor | None = None) -> torch.Ten
 
 def make_impl(spec: TailorKVSpec | None) -> TailorKVImpl:
     impl = TailorKVImpl.__new__(TailorKVImpl)
-    impl.spec, impl.pages = spec, None
+    impl.spec, impl.pages, impl.hot = spec, None, None
+    impl.config = TailorKVConfig()
     return impl
 
 

@@ -17,10 +17,14 @@ def local_workers(vllm_config: VllmConfig) -> int:
     return workers
 
 
+def memory_nodes() -> list[int]:
+    """The NUMA nodes whose memory this process may use."""
+    return get_visible_memory_node() or [0]
+
+
 def available_memory() -> int:
     """Bytes that this machine, or the container that this is, has left for all workers."""
-    nodes = get_visible_memory_node() or [0]
-    available = sum(get_memory_node_info(node).available_memory for node in nodes)
+    available = sum(get_memory_node_info(node).available_memory for node in memory_nodes())
     limit = get_cgroup_memory_limit()
     if limit is not None:
         # vLLM holds each memory node against the limit, not all of them together.

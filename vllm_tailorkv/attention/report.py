@@ -9,11 +9,12 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_tailorkv.attention.limits import pool_name
+from vllm_tailorkv.attention.memory import memory_nodes
 from vllm_tailorkv.attention.meters import publish
 from vllm_tailorkv.attention.name import LOGGER
 from vllm_tailorkv.cache.sizing import CacheSizing
 from vllm_tailorkv.layout import GIB
-from vllm_tailorkv.plan import Plan
+from vllm_tailorkv.plan import HOST_SHARE, Plan
 
 logger = init_logger(LOGGER)
 
@@ -90,6 +91,14 @@ def tell_plan(plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int]) -
         f"{config.budget_tokens:,}",
         config.index,
     )
+    if plan.on_gpu and config.host_pool_gib is None and plan.host_pool:
+        logger.info_once(
+            "TailorKV: each worker's host pool takes %.3g GiB, %.0f%% of its share of what is "
+            "available on memory nodes %s; host_pool_gib sets it.",
+            plan.host_pool / GIB,
+            100 * HOST_SHARE,
+            ", ".join(map(str, memory_nodes())),
+        )
     tokens = sizing.block_size if sizing else 1
     values: dict[str, object] = {
         "dense_layers": ",".join(map(str, dense)),
