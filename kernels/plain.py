@@ -5,6 +5,10 @@ Nothing waits for the device and shapes follow from shapes, so that a CUDA graph
 
 import torch
 
+SELECT_SCRATCH = 4
+"""What `select_topk` takes beside the scores, in multiples of their bytes: a copy of them, two
+arrays of int32 and four masks."""
+
 
 def unavailable() -> str | None:
     """None: it needs torch alone."""

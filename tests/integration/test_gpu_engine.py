@@ -80,3 +80,5 @@ def test_replayed_decode_steps(found: dict[str, Any], expected: dict[str, Any]) 
     four, _two, one = found["replays"]
     assert four > 0
     assert one > 0
+    # Rows were kept on the device, and read there.
+    assert min(found["kept"]) > 0

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_tailorkv.attention import staged
 from vllm_tailorkv.attention.gpu_batch import GpuBatch, single_token_rows
 from vllm_tailorkv.attention.staged import StagedRows, Staging
 from vllm_tailorkv.attention.varlen import Varlen
@@ -225,3 +226,21 @@ def test_single_token_rows(counts: list[int]) -> None:
     assert 1 not in counts[:first]
     if first < len(counts):
         assert counts[first] == 1
+
+
+@pytest.mark.parametrize(("chosen", "factor"), [("cuda", 1), ("plain", 5)])
+def test_memory_that_a_step_takes_is_there_when_vllm_measures(
+    monkeypatch: pytest.MonkeyPatch, chosen: str, factor: int
+) -> None:
+    """Torch's selection takes more than the scores that it selects by."""
+    taken: list[int] = []
+
+    def empty(size: int, **_: Any) -> None:
+        taken.append(size)
+
+    monkeypatch.setattr(staged, "choose", lambda op, device: SimpleNamespace(name=chosen))
+    monkeypatch.setattr(staged.torch, "empty", empty)
+    staging = batch_on("cpu").staging
+    staging.capacity = 1
+    staging.reserve(torch.device("cpu"))
+    assert taken[-1] == factor * 4 * ROWS * 2 * LONGEST

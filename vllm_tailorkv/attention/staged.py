@@ -18,8 +18,9 @@ from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
 from vllm_tailorkv.attention.metadata import Step
 from vllm_tailorkv.attention.varlen import Call, Contexts, Varlen
-from vllm_tailorkv.kernels import ops
+from vllm_tailorkv.kernels import ops, plain
 from vllm_tailorkv.kernels.composed import SCORES_BYTES
+from vllm_tailorkv.kernels.dispatch import choose
 
 STAGING_BYTES = 512 << 20
 """Of the buffer, where the attention op can merge pieces; else it holds the longest context."""
@@ -93,7 +94,10 @@ class Staging:
     def reserve(self, device: torch.device) -> None:
         """Take once, and let go of, what a step takes: vLLM's measure of memory sees it so."""
         buffer = 2 * self.capacity * prod(self.row) * self.dtype.itemsize
-        torch.empty(max(buffer, self._scores_bytes), dtype=torch.uint8, device=device)
+        scores = self._scores_bytes
+        if choose("select_topk", device.type).name == "plain":
+            scores += plain.SELECT_SCRATCH * scores
+        torch.empty(max(buffer, scores), dtype=torch.uint8, device=device)
 
     def plan(
         self,
