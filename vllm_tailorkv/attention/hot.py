@@ -16,6 +16,7 @@ _SECONDS = 0.5
 """Between two looks at what the device counted."""
 
 
+# vLLM measures memory in inference mode: what is made in it cannot be written to outside of it.
 @cache
 @torch.inference_mode(mode=False)
 def counts_on(device: torch.device) -> torch.Tensor:
@@ -23,7 +24,6 @@ def counts_on(device: torch.device) -> torch.Tensor:
     return torch.zeros(2, dtype=torch.int64, device=device)
 
 
-# vLLM measures memory in inference mode, whose tensors could not be written to outside of it.
 @torch.inference_mode(mode=False)
 def make_hot_rows(spec: TailorKVSpec, tokens: int, device: torch.device) -> HotRows | None:
     """Room for the rows of a layer that were read last, or None if it keeps none.
@@ -43,6 +43,7 @@ def make_hot_rows(spec: TailorKVSpec, tokens: int, device: torch.device) -> HotR
 class HotMeter:
     """Tells the metrics what the device counted, and does not wait for it."""
 
+    @torch.inference_mode(mode=False)
     def __init__(self, device: torch.device) -> None:
         self._counts = counts_on(device)
         self._seen = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
