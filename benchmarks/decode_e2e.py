@@ -235,11 +235,11 @@ def run_engine(job: Job, threads: int, on_tokens: Callable[[int], None]) -> dict
             process.wait()
         if result is None:
             log.seek(0)
-            raise EngineError(_reason(log.read().splitlines(), process.returncode))
+            raise EngineError(reason(log.read().splitlines(), process.returncode))
     return result
 
 
-def _reason(log: list[str], status: int) -> str:
+def reason(log: list[str], status: int) -> str:
     """The last error that a program printed (`error: ...`, `ValueError: ...`), in one line."""
     errors = [line.strip() for line in log if "rror: " in line]
     return errors[-1] if errors else f"the engine ended with status {status}"

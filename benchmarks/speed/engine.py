@@ -46,9 +46,10 @@ def _start(job: Job) -> LLM:
         ours = {"attention_backend": "tailorkv", "additional_config": {"tailorkv": job.options}}
     return LLM(
         model=job.model,
-        load_format="dummy",
+        load_format=job.load_format,
         skip_tokenizer_init=True,
         dtype="bfloat16",
+        kv_cache_dtype=job.kv_cache_dtype,
         max_model_len=job.max_model_len,
         block_size=BLOCK_SIZE,
         # The pages that the requests fill, whatever a page of this backend costs.

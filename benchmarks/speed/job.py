@@ -17,6 +17,8 @@ class Job:
         options: of tailorkv; None for vLLM's own backend.
         warm: prompts cost no model: their K and V are random numbers.
         kv_bytes_per_token: in full precision.
+        load_format: vLLM's; weights are random unless told.
+        kv_cache_dtype: vLLM's.
     """
 
     model: str
@@ -26,6 +28,8 @@ class Job:
     output_tokens: int
     warm: bool
     kv_bytes_per_token: int
+    load_format: str = "dummy"
+    kv_cache_dtype: str = "auto"
 
     def with_options(self, options: dict[str, Any] | None) -> "Job":
         """The same with other options."""

@@ -1,0 +1,1 @@
+"""Other systems that serve the same model on the same processor."""
