@@ -36,6 +36,9 @@ inline constexpr const char* kSchemas[] = {
     "Tensor gathered_key, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor tail_start, int sink_tokens, int critical_channels, int topk, int candidates, "
     "int channels, bool every_head, float scale, float softcap, int max_tail_start) -> ()",
+    "exact_attention(Tensor(a!) output, Tensor query, Tensor key_cache, Tensor value_cache, "
+    "Tensor block_table, Tensor query_start, Tensor query_lens, Tensor seq_lens, float scale, "
+    "float softcap) -> ()",
     "dense_preference(Tensor query, Tensor key, float alpha, float scale, float softcap) "
     "-> Tensor",
     "isa() -> str",

@@ -32,6 +32,7 @@ OPS = (
     "sparse_decode_attention",
     "stage_rows",
     "retrieve_attention",
+    "exact_attention",
     "dense_preference",
 )
 

@@ -522,6 +522,49 @@ def retrieve_attention(
     )
 
 
+def exact_attention(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start: torch.Tensor,
+    query_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> None:
+    """Causal attention of some tokens of each row, its last ones, to all that it has in context.
+
+    What a token gets does not depend on which others come with it, to the bit: a prompt's chunks
+    may be cut anywhere. In bfloat16 an implementation may round the weights before V to it.
+
+    Args:
+        output, query: [T, H, d], the caches' dtype, the last axis contiguous. Of `output`, tokens
+            of no row are left as they are.
+        key_cache, value_cache: [NB, Hk, bs, d], with blocks of a multiple of 32 tokens.
+        block_table: int32 [R, max_blocks].
+        query_start, query_lens: int32 [R]; row r has the tokens from `query_start[r]` on, so many.
+        seq_lens: int32 [R]; tokens in context: token i of row r attends to the first
+            `seq_lens[r] - (query_lens[r] - 1 - i)` of them.
+        scale: factor on q.k before the softmax, positive.
+        softcap: if positive, scores become `softcap * tanh(score / softcap)`.
+    """
+    implementation("exact_attention", key_cache)(
+        output,
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        query_start,
+        query_lens,
+        seq_lens,
+        scale,
+        softcap,
+    )
+
+
 def dense_preference(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -439,6 +439,30 @@ def sparse_decode_attention(
             output[row].unflatten(0, (num_kv_heads, -1))[head] = result.to(output.dtype)
 
 
+def exact_attention(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start: torch.Tensor,
+    query_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> None:
+    """See `ops.exact_attention`."""
+    lengths = torch.stack([query_start, query_lens, seq_lens]).T.tolist()
+    for row, (start, count, length) in enumerate(lengths):
+        key = gather_rows(key_cache, block_table[row], length)
+        value = gather_rows(value_cache, block_table[row], length)
+        for i in range(count):
+            seen = length - (count - 1 - i)
+            one = query[start + i].float()
+            result = attend(one, key[:, :seen], value[:, :seen], scale, softcap)
+            output[start + i] = result.to(output.dtype)
+
+
 def dense_preference(
     query: torch.Tensor, key: torch.Tensor, alpha: float, scale: float, softcap: float
 ) -> torch.Tensor:

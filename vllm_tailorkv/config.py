@@ -151,8 +151,8 @@ class TailorKVConfig(BaseModel):
     )
     key_rows: bool = Field(
         default=True,
-        description="Sparse layers keep K once more, token by token, where its pages are "
-        "channel-major (CPUs): gathering is up to four times faster, for half as much host memory "
+        description='With index="channels" on CPUs, where K lies channel by channel: keep it once '
+        "more, token by token. Gathering is up to four times faster, for half as much host memory "
         "again.",
     )
     host_pool_gib: float | None = Field(

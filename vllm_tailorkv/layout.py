@@ -3,10 +3,9 @@
 A *page* is what one layer keeps of one block of `block_size` tokens. It has two regions:
 
 - **host**, the truth: `[num_kv_heads, 2, block_size * head_size]` elements of the
-  model's dtype, K before V within a head. This is the interior of the page that vLLM's
-  own CPU backend uses, so that vLLM's attention op reads it as it is. Behind V there may be K once
-  more, token by token: decode steps gather single tokens, and where K is channel-major every
-  element of a token lies on a cache line of its own.
+  model's dtype, K before V within a head. Behind V there may be K once more, token by token: decode
+  steps gather single tokens, and where K is channel-major every element of a token lies on a cache
+  line of its own.
 - **derived**, a pure function of the host region: `[num_kv_heads, groups_per_block,
   record_bytes]` bytes, one *record* for every group of `group_size` tokens, so that a
   scan over one head reads consecutive bytes.
@@ -25,7 +24,7 @@ class KeyLayout(Enum):
     """The order of K within a head of a host page."""
 
     CHANNEL_MAJOR = "channel_major"
-    """`[head_size, block_size]`: a channel of a block is contiguous (vLLM's CPU pages)."""
+    """`[head_size, block_size]`: a channel of a block is contiguous (an index of channels)."""
     TOKEN_MAJOR = "token_major"
     """`[block_size, head_size]`: a token's row is contiguous (one zero-copy read)."""
 
@@ -84,7 +83,7 @@ class PageLayout:
     group_size: int
     bits: int
     kv_itemsize: int
-    key_layout: KeyLayout = KeyLayout.CHANNEL_MAJOR
+    key_layout: KeyLayout = KeyLayout.TOKEN_MAJOR
     key_rows: bool = False
 
     def __post_init__(self) -> None:

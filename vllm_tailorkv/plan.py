@@ -123,11 +123,14 @@ def page_layout(
     """The pages of a layer of some kind; see `Plan.layout`.
 
     Args:
-        on_gpu: whether K is read over the bus, where only whole rows of it are cheap.
+        on_gpu: whether K is read over the bus.
     """
     group_size: int = config.group_size
     if kind is DerivedKind.ONEBIT:
         group_size = gcd(config.index_group_size, block_size)
+    # Whole channels of K are read by an index of channels alone; on a GPU, over the bus, only whole
+    # rows are cheap.
+    by_channels = kind is DerivedKind.CHANNELS and not on_gpu
     return PageLayout(
         kind,
         num_kv_heads,
@@ -136,9 +139,8 @@ def page_layout(
         group_size,
         config.bits,
         kv_itemsize,
-        KeyLayout.TOKEN_MAJOR if on_gpu else KeyLayout.CHANNEL_MAJOR,
-        # A dense layer reads a few consecutive tokens exactly: rows would gain it nothing.
-        key_rows=config.key_rows and not on_gpu and kind is not DerivedKind.DENSE,
+        KeyLayout.CHANNEL_MAJOR if by_channels else KeyLayout.TOKEN_MAJOR,
+        key_rows=config.key_rows and by_channels,
     )
 
 

@@ -609,6 +609,61 @@ void retrieve_attention(const Tensor& output, const Tensor& query, const std::ve
   kernels().sparse_decode_attention({decode, indices, static_cast<int32_t>(k), sinks, starts});
 }
 
+// Each row's queries lie in the batch, and are the last tokens of its context.
+void check_queries(const Contract& contract, const ExactAttention& op, int64_t tokens) {
+  for (int64_t row = 0; row < op.rows; ++row) {
+    const int64_t start = op.query_start[row], count = op.query_lens[row];
+    contract.require(start >= 0 && count >= 0 && start + count <= tokens, "row ", row, " has ",
+                     count, " queries from ", start, " on, of ", tokens, " tokens");
+    contract.require(count <= op.seq_lens[row], "row ", row, " has ", count,
+                     " queries, but seq_lens[", row, "] is ", op.seq_lens[row]);
+  }
+}
+
+template <bool Run>
+void exact_attention(const Tensor& output, const Tensor& query, const Tensor& key_cache,
+                     const Tensor& value_cache, const Tensor& block_table,
+                     const Tensor& query_start, const Tensor& query_lens, const Tensor& seq_lens,
+                     double scale, double softcap) {
+  const Contract contract("exact_attention");
+  Axes axes;
+  Axis T{"T"};
+  const auto dtype = key_cache.scalar_type();
+  check_caches(contract, key_cache, value_cache, axes);
+  contract.require(axes.bs.size % 32 == 0, "block_size must be a multiple of 32");
+  contract.tensor(query, "query", dtype, Strides::kRows, {T, axes.H, axes.d});
+  contract.require(axes.H.size > 0 && axes.H.size % axes.Hk.size == 0, "query has ", axes.H.size,
+                   " heads for ", axes.Hk.size, " KV heads");
+  contract.tensor(output, "output", dtype, Strides::kRows, {T, axes.H, axes.d});
+  check_block_table(contract, block_table, axes);
+  check_row_values(contract, query_start, "query_start", axes);
+  check_row_values(contract, query_lens, "query_lens", axes);
+  check_row_values(contract, seq_lens, "seq_lens", axes);
+  contract.require(scale > 0, "scale must be positive, is ", scale);
+  if (!Run) return;
+  const ExactAttention op{dtype_of(key_cache),
+                          shape_of(axes),
+                          static_cast<int32_t>(axes.R.size),
+                          static_cast<int32_t>(axes.H.size),
+                          data<void>(contract, output, "output"),
+                          output.stride(0),
+                          output.stride(1),
+                          data<const void>(contract, query, "query"),
+                          query.stride(0),
+                          query.stride(1),
+                          cache_of(contract, key_cache, "key_cache"),
+                          cache_of(contract, value_cache, "value_cache"),
+                          block_table_of(contract, block_table),
+                          data<const int32_t>(contract, query_start, "query_start"),
+                          data<const int32_t>(contract, query_lens, "query_lens"),
+                          row_values_of(contract, seq_lens, "seq_lens", room(axes), 0),
+                          static_cast<float>(scale),
+                          static_cast<float>(softcap)};
+  check_queries(contract, op, T.size);
+  check_blocks(contract, axes, op.block_table, op.seq_lens);
+  kernels().exact_attention(op);
+}
+
 template <bool Run>
 Tensor dense_preference(const Tensor& query, const Tensor& key, double alpha, double scale,
                         double softcap) {
@@ -658,6 +713,7 @@ STABLE_TORCH_LIBRARY(vllm_tailorkv, m) {
   m.impl("sparse_decode_attention", TORCH_BOX(&tailorkv::sparse_decode_attention<run>));       \
   m.impl("stage_rows", TORCH_BOX(&tailorkv::stage_rows<run>));                                 \
   m.impl("retrieve_attention", TORCH_BOX(&tailorkv::retrieve_attention<run>));                 \
+  m.impl("exact_attention", TORCH_BOX(&tailorkv::exact_attention<run>));                       \
   m.impl("dense_preference", TORCH_BOX(&tailorkv::dense_preference<run>))
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_tailorkv, CPU, m) { TAILORKV_IMPLEMENT(true); }

@@ -69,6 +69,21 @@ struct StageRows {
   int32_t first_token;
 };
 
+// Query token i of a row, of q, attends to the first seq_len - (q - 1 - i) tokens.
+struct ExactAttention {
+  Dtype dtype;
+  Shape shape;
+  int32_t rows, query_heads;  // R, H
+  void* output;               // [T, H, d], channels contiguous
+  int64_t output_token, output_head;
+  const void* query;  // [T, H, d], channels contiguous
+  int64_t query_token, query_head;
+  Cache key_cache, value_cache;
+  BlockTable block_table;
+  const int32_t *query_start, *query_lens, *seq_lens;  // [R]
+  float scale, softcap;
+};
+
 enum class Derive : int32_t { kDense, kOnebit, kChannels };
 
 struct QuantizeGroups {
@@ -218,6 +233,7 @@ struct Kernels {
   void (*retrieve_attention)(const RetrieveAttention&);
   void (*dense_preference)(const DensePreference&);
   void (*stage_rows)(const StageRows&);
+  void (*exact_attention)(const ExactAttention&);
 };
 
 // The table in use: the best for this processor, or what VLLM_TAILORKV_CPU_ISA or `set_kernels`

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "dense.h"
+#include "exact_floats.h"
 #include "mass.h"
 #include "preference.h"
 #include "propose.h"
@@ -27,4 +28,4 @@
    TAILORKV_ISA::propose_onebit,     TAILORKV_ISA::propose_channels,           \
    TAILORKV_ISA::rerank_topk,        TAILORKV_ISA::sparse_decode_attention,    \
    TAILORKV_ISA::retrieve_attention, TAILORKV_ISA::dense_preference,           \
-   TAILORKV_ISA::stage_rows}
+   TAILORKV_ISA::stage_rows,         TAILORKV_ISA::exact_attention}

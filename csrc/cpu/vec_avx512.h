@@ -61,6 +61,10 @@ inline F pow2(F n) {
   __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
   return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
 }
+inline F scale_by_power(F x, F n) { return _mm512_scalef_ps(x, n); }
+inline F if_greater(F a, F b, F x, F y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
+}
 inline float sum(F x) { return _mm512_reduce_add_ps(x); }
 // The sums of four vectors at once: a third of the instructions.
 inline void sums(const F (&x)[4], float (&result)[4]) {

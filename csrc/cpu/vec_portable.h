@@ -7,6 +7,8 @@
 //   load_pairs        W pairs of halves, the first ones and the second ones
 //   store(p, x[, n])  W (or the first n) floats
 //   fma, max, min, abs, round_even, pow2 (of whole exponents in [-126, 127])
+//   scale_by_power    x * 2^n of such exponents
+//   if_greater        x where a > b, else y
 //   sum, largest, smallest over the lanes; greater(a, b) one bit a lane
 //   pack              the bits of the lanes of a mask and their positions from `position` on; how
 //                     many; W are written
@@ -111,6 +113,8 @@ inline F pow2(F n) {
   __builtin_memcpy(&x, &bits, sizeof(x));
   return x;
 }
+inline F scale_by_power(F x, F n) { return x * pow2(n); }
+inline F if_greater(F a, F b, F x, F y) { return a > b ? x : y; }
 inline float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline float largest(F x) {
   float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];

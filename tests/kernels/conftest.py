@@ -28,11 +28,15 @@ os.environ.setdefault("VLLM_TAILORKV_CHECK_VALUES", "1")
 ITEMSIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 
 
+BF16_ISAS = ("amx", "avx512_bf16")
+"""Like `avx512_gfni` but for `exact_attention`."""
+
+
 def available_isas() -> list[str]:
     if cpu_module.unavailable() is not None:
         return []
     names = []
-    for name in ("avx512_gfni", "avx512", "avx2", "portable"):
+    for name in (*BF16_ISAS, "avx512_gfni", "avx512", "avx2", "portable"):
         try:
             torch.ops.vllm_tailorkv.set_isa(name)
         except RuntimeError:
@@ -43,7 +47,8 @@ def available_isas() -> list[str]:
     return names
 
 
-ISAS = available_isas()
+EXACT_ISAS = available_isas()
+ISAS = [name for name in EXACT_ISAS if name not in BF16_ISAS]
 TRITON = ["triton-device", "triton-pinned"] if torch.cuda.is_available() else ["triton-interpreted"]
 
 
@@ -107,6 +112,14 @@ def cpu(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     torch.ops.vllm_tailorkv.set_isa(ISAS[0])
 
 
+@pytest.fixture(params=EXACT_ISAS or [pytest.param("", marks=pytest.mark.skip("no C++ extension"))])
+def exact_cpu(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The same, with those that differ in `exact_attention` alone."""
+    torch.ops.vllm_tailorkv.set_isa(request.param)
+    yield cpu_module
+    torch.ops.vllm_tailorkv.set_isa(ISAS[0])
+
+
 @pytest.fixture(params=[*(f"cpu-{isa}" for isa in ISAS), *TRITON])
 def fast(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Every implementation but the reference, each where it can run in this process."""
@@ -163,10 +176,12 @@ def make_cache(
     group_size: int = 64,
     bits: int = 1,
     dtype: torch.dtype = torch.bfloat16,
-    key_layout: KeyLayout = KeyLayout.CHANNEL_MAJOR,
+    key_layout: KeyLayout = KeyLayout.TOKEN_MAJOR,
     num_blocks: int = 8,
     key_rows: bool = False,
 ) -> Cache:
+    if key_rows:
+        key_layout = KeyLayout.CHANNEL_MAJOR
     layout = PageLayout(
         kind, heads, head_size, block_size, group_size, bits, ITEMSIZE[dtype], key_layout, key_rows
     )

@@ -10,7 +10,6 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_tailorkv.attention.carried import plan_of
@@ -63,9 +62,6 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
                 f"type {type(kv_cache_spec).__name__}, which is not supported"
             )
         plan = plan_of(vllm_config)
-        num_heads = get_num_attention_heads_from_layers(
-            vllm_config, layer_names
-        ) or vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         self.batch: Batch
         if plan.on_gpu:
             for op in OPS:
@@ -76,7 +72,7 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
             assert impl.staging is not None
             self.batch = GpuBatch(kv_cache_spec, plan.config, vllm_config, device, impl.staging)
         else:
-            self.batch = CpuBatch(kv_cache_spec, plan.config, num_heads)
+            self.batch = CpuBatch(kv_cache_spec, plan.config)
         self.hot: HotMeter | None = None
         if plan.config.hot_tokens and kv_cache_spec.layout.kind is not DerivedKind.DENSE:
             chosen = choose("retrieve_attention", device.type)

@@ -1,10 +1,8 @@
-"""Batches on CPUs, whose exact rows vLLM's own CPU attention op serves."""
+"""Batches on CPUs."""
 
 from dataclasses import dataclass
 
 import torch
-from vllm import _custom_ops as vllm_ops
-from vllm import envs
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_tailorkv.attention.metadata import DecodeRows, Step, TailorKVMetadata
@@ -12,67 +10,47 @@ from vllm_tailorkv.attention.rows import (
     completed_groups,
     decode_mask,
     tail_starts,
-    token_indices,
 )
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.attention.workspace import Workspace
 from vllm_tailorkv.config import TailorKVConfig
+from vllm_tailorkv.kernels import ops
 
 
 @dataclass
 class PagedRows:
-    """Exact rows, as vLLM's op wants them.
+    """Exact rows, attended to where they lie in the batch.
 
-    tokens: int64, their query tokens in the batch; None if they are all of it.
-    query_start_loc, seq_lens: int32; block_table: int32 [n, max_blocks].
-    scheduler_metadata: vLLM's plan of the work over threads.
+    query_start, query_lens, seq_lens: int32 [n]; block_table: int32 [n, max_blocks].
     """
 
-    tokens: torch.Tensor | None
-    query_start_loc: torch.Tensor
+    query_start: torch.Tensor
+    query_lens: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
-    scheduler_metadata: torch.Tensor
 
     def attend(self, step: Step) -> None:
         """See `ExactRows`."""
-        query = step.query if self.tokens is None else step.query[self.tokens]
-        part = step.output if self.tokens is None else torch.empty_like(query)
-        vllm_ops.cpu_attention_with_kv_cache(
-            query=query,
-            key_cache=step.host.stored_key,
-            value_cache=step.host.value,
-            output=part,
-            query_start_loc=self.query_start_loc,
-            seq_lens=self.seq_lens,
+        ops.exact_attention(
+            step.output,
+            step.query,
+            step.host.key,
+            step.host.value,
+            self.block_table,
+            self.query_start,
+            self.query_lens,
+            self.seq_lens,
             scale=step.scale,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=self.block_table,
             softcap=step.softcap,
-            scheduler_metadata=self.scheduler_metadata,
-            s_aux=None,
         )
-        if self.tokens is not None:
-            step.output[self.tokens] = part
-
-
-def attention_isa(head_size: int) -> str:
-    """The variant of vLLM's CPU attention op whose page layout is known.
-
-    vLLM's own choice may be one with another K layout (AMX).
-    """
-    return "vec" if head_size % 32 == 0 else "vec16"
 
 
 class CpuBatch:
     """Makes the metadata of batches for the layers of one spec."""
 
-    def __init__(self, spec: TailorKVSpec, config: TailorKVConfig, num_heads: int) -> None:
+    def __init__(self, spec: TailorKVSpec, config: TailorKVConfig) -> None:
         self.spec = spec
         self.config = config
-        self.num_heads = num_heads
         self.workspace = Workspace(torch.device("cpu"))
 
     def build(self, common: CommonAttentionMetadata) -> TailorKVMetadata:
@@ -96,30 +74,9 @@ class CpuBatch:
     def _exact_rows(self, common: CommonAttentionMetadata, mask: torch.Tensor) -> PagedRows | None:
         if not mask.any():
             return None
-        tokens = None
-        query_start_loc, seq_lens = common.query_start_loc, common.seq_lens
-        block_table = common.block_table_tensor
-        if not mask.all():
-            requests = mask.nonzero().flatten()
-            tokens = token_indices(query_start_loc, requests)
-            counts = (query_start_loc[1:] - query_start_loc[:-1])[requests]
-            query_start_loc = torch.zeros(len(requests) + 1, dtype=torch.int32)
-            query_start_loc[1:] = counts.cumsum(0)
-            seq_lens, block_table = seq_lens[requests], block_table[requests]
-        scheduler_metadata = vllm_ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(seq_lens),
-            num_heads=self.num_heads,
-            num_kv_heads=self.spec.num_kv_heads,
-            head_dim=self.spec.head_size,
-            seq_lens=seq_lens,
-            dtype=self.spec.dtype,
-            query_start_loc=query_start_loc,
-            causal=True,
-            sliding_window_size=-1,
-            isa=attention_isa(self.spec.head_size),
-            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-        )
-        return PagedRows(tokens, query_start_loc, seq_lens, block_table, scheduler_metadata)
+        start = common.query_start_loc
+        rows = (start[:-1], start[1:] - start[:-1], common.seq_lens, common.block_table_tensor)
+        return PagedRows(*(rows if mask.all() else (part[mask] for part in rows)))
 
     def _decode_rows(
         self, common: CommonAttentionMetadata, mask: torch.Tensor

@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 
 class ExactRows(Protocol):
-    """The rows that are attended in full by an op of vLLM's."""
+    """The rows that are attended in full."""
 
     def attend(self, step: Step) -> None:
         """Write the attention of these rows into the step's output."""

@@ -83,7 +83,7 @@ class LayerRecorder:
             raise TailorKVError(
                 "identify: it runs on CPUs only; the profile that it writes there serves GPUs too"
             )
-        if rows is None or rows.tokens is not None or len(rows.seq_lens) != 1:
+        if rows is None or metadata.decode is not None or len(rows.seq_lens) != 1:
             raise TailorKVError(
                 "identify: another request is in the batch; leave the engine to the one prompt"
             )

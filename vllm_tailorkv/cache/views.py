@@ -18,15 +18,11 @@ class HostPages(NamedTuple):
     """K and V of every block in full precision.
 
     key, value: logical [NB, Hk, bs, d] views in the model's dtype (see `kernels.types`).
-    stored_key: K as its bytes lie, [NB, Hk, bs, d] contiguous within a head: for
-        channel-major pages its last two axes hold `[d, bs]` data. vLLM's CPU attention op
-        takes this one.
     key_rows: K once more, token-major [NB, Hk, bs, d], if the layout has it.
     """
 
     key: torch.Tensor
     value: torch.Tensor
-    stored_key: torch.Tensor
     key_rows: torch.Tensor | None
 
     @property
@@ -49,11 +45,10 @@ def host_pages(pages: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> H
         parts[:, :, i].unflatten(2, (layout.block_size, layout.head_size))
         for i in range(layout.host_parts)
     ]
-    stored_key, value = arrays[:2]
     if layout.key_layout is KeyLayout.TOKEN_MAJOR:
-        return HostPages(stored_key, value, stored_key, None)
+        return HostPages(arrays[0], arrays[1], None)
     key = parts[:, :, 0].unflatten(2, (layout.head_size, layout.block_size)).transpose(2, 3)
-    return HostPages(key, value, stored_key, arrays[2] if layout.key_rows else None)
+    return HostPages(key, arrays[1], arrays[2] if layout.key_rows else None)
 
 
 def derived_pages(pages: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> DerivedPages:

@@ -1,0 +1,94 @@
+// What both units share that multiply pairs of bfloat16s and add in floats.
+#pragma once
+
+#include "exact.h"
+
+namespace tailorkv::TAILORKV_ISA {
+namespace {
+
+// Transpose 16 vectors of 16 numbers of 32 bits.
+inline void transpose(__m512i (&x)[16]) {
+  __m512i y[16];
+  for (int i = 0; i < 16; i += 4) {
+    const __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    const __m512i b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]);
+    const __m512i d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
+    y[i] = _mm512_unpacklo_epi64(a, c);
+    y[i + 1] = _mm512_unpackhi_epi64(a, c);
+    y[i + 2] = _mm512_unpacklo_epi64(b, d);
+    y[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  // Now y[4i + j] has, in its 128-bit part k, column 4k + j of rows 4i to 4i + 3.
+  for (int j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(y[j], y[4 + j], 0x44);
+    const __m512i b = _mm512_shuffle_i32x4(y[j], y[4 + j], 0xEE);
+    const __m512i c = _mm512_shuffle_i32x4(y[8 + j], y[12 + j], 0x44);
+    const __m512i d = _mm512_shuffle_i32x4(y[8 + j], y[12 + j], 0xEE);
+    x[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+    x[4 + j] = _mm512_shuffle_i32x4(a, c, 0xDD);
+    x[8 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+    x[12 + j] = _mm512_shuffle_i32x4(b, d, 0xDD);
+  }
+}
+
+struct PairsOfBf16 {
+  using Element = Bf16;
+  using Operand = uint32_t;
+  static constexpr int kPair = 2, kTerms = 3;
+
+  static void lay_query(uint32_t* to, const Bf16* from, int64_t size, int64_t steps) {
+    for (int64_t s = 0; s < size / kPair; ++s) {
+      __builtin_memcpy(to + s * kLanes, from + s * kPair, sizeof(uint32_t));
+    }
+    for (int64_t s = size / kPair; s < steps; ++s) to[s * kLanes] = 0;
+  }
+
+  static void store_weights(uint32_t* to, int64_t t, F first, F second) {
+    const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+    const __m512i order = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+        19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(to + t / kPair * kLanes, _mm512_permutexvar_epi16(order, both));
+  }
+
+  static void pack_row(Bf16* to, const Bf16* from, int64_t size) {
+    __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(Bf16));
+  }
+  static void pack_one(Bf16* to, Bf16 from) { *to = from; }
+
+  // A run of rows of V, channels and tokens exchanged.
+  //   from: [tokens, size]; to: [channels, kRunTokens], rows `pitch` apart
+  static void turn(const Bf16* from, int64_t token, int64_t channel, int64_t tokens, int64_t size,
+                   Bf16* to, int64_t pitch, int64_t channels) {
+    static_assert(kRunTokens == 32);
+    for (int64_t c = 0; c < channels; c += 16) {
+      __m512i x[16];
+      for (int i = 0; i < 16; ++i) {
+        __m512i pair = _mm512_setzero_si512();
+        for (int half = 0; half < 2; ++half) {
+          const int64_t t = 2 * i + half;
+          if (t >= tokens || c >= size) break;
+          const Bf16* row = from + t * token + c * channel;
+          const int count = static_cast<int>(smaller(16, size - c));
+          const __m512i wide = _mm512_cvtepu16_epi32(load_bits(row, channel, count));
+          pair = _mm512_or_si512(pair, half == 0 ? wide : _mm512_slli_epi32(wide, 16));
+        }
+        x[i] = pair;
+      }
+      transpose(x);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (c + i) * pitch, x[i]);
+    }
+  }
+
+ private:
+  static __m256i load_bits(const Bf16* from, int64_t stride, int count) {
+    if (stride == 1) return _mm256_maskz_loadu_epi16(first(count), from);
+    uint16_t bits[16] = {};
+    for (int i = 0; i < count; ++i) bits[i] = from[i * stride].bits;
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits));
+  }
+};
+
+}  // namespace
+}  // namespace tailorkv::TAILORKV_ISA
