@@ -36,6 +36,12 @@ OPS = (
     "dense_preference",
 )
 
+ON_CPUS = ("exact_attention",)
+"""Ops that CPUs alone need: on GPUs libraries attend to prompts."""
+
+GPU_OPS = tuple(op for op in OPS if op not in ON_CPUS)
+"""Ops that GPUs need."""
+
 IMPLEMENTATIONS = {
     "cpu": "C++ with OpenMP",
     "cuda": "CUDA C++",

@@ -120,13 +120,14 @@ def _check_multimodal() -> Finding:
 
 def _ops_on(device_type: str) -> Iterator[Finding]:
     from vllm_tailorkv.kernels.dispatch import (  # noqa: PLC0415
+        GPU_OPS,
         IMPLEMENTATIONS,
         OPS,
         choose,
         obstacle,
     )
 
-    for op in OPS:
+    for op in GPU_OPS if device_type == "cuda" else OPS:
         try:
             choice = choose(op, device_type)
         except TailorKVError as error:

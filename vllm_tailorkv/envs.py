@@ -15,8 +15,8 @@ PREFIX = "VLLM_TAILORKV_"
 VARIABLES = {
     "VLLM_TAILORKV_KERNELS": "Implementation of the ops by name (cpu, cuda, triton, reference); "
     "those that it lacks, and all by default, run on the fastest that is available.",
-    "VLLM_TAILORKV_CPU_ISA": "Instruction set of the C++ ops (avx512_gfni, avx512, avx2, "
-    "portable); default: the best that the processor has.",
+    "VLLM_TAILORKV_CPU_ISA": "Instruction set of the C++ ops (amx, avx512_bf16, avx512_gfni, "
+    "avx512, avx2, portable); default: the best that the processor has.",
     "VLLM_TAILORKV_CHECK_VALUES": "1: the C++ ops check every block, slot, group and token that "
     "they are given, at some cost, and name the one that does not exist.",
 }

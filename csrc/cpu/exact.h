@@ -273,7 +273,8 @@ class Exact {
     softmaxes.clear(groups);
     Units::begin();
     for (int64_t first = begin; first < end; first += kTileTokens) {
-      const TileView<Units> tile = view_tile<T>(desk, lot, first, smaller(kTileTokens, end - first));
+      const TileView<Units> tile =
+          view_tile<T>(desk, lot, first, smaller(kTileTokens, end - first));
       for (int64_t group = 0; group < groups; group += kTogetherGroups) {
         const int64_t together = smaller(kTogetherGroups, groups - group);
         // Positions rise, and so do the limits of lanes.
@@ -403,8 +404,8 @@ class Exact {
         pack(keys, key, tokens, desk.key + run * kRunTokens * channels_);
       }
       if constexpr (Units::kPair > 1) {
-        Units::turn(rows, value.token, value.channel, tokens, size_,
-                    desk.value + run * kRunTokens, kTileTokens, channels_);
+        Units::turn(rows, value.token, value.channel, tokens, size_, desk.value + run * kRunTokens,
+                    kTileTokens, channels_);
       } else if (value_fits) {
         tile.value[run] = reinterpret_cast<const Element*>(rows);
       } else {

@@ -6,8 +6,7 @@
 #include "support.h"
 
 // From here on the code needs these instructions; the headers above do not.
-#pragma GCC target( \
-    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")
 
 #define TAILORKV_ISA amx
 #define TAILORKV_TABLES 0

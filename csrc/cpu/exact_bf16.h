@@ -1,6 +1,16 @@
 // What both units share that multiply pairs of bfloat16s and add in floats.
 #pragma once
 
+#include <immintrin.h>
+
+#ifndef TAILORKV_ISA
+// Opened by itself: a source that is compiled says both first.
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")
+#define TAILORKV_ISA avx512_bf16
+#define TAILORKV_TABLES 0
+#endif
+#include "vec_avx512.h"
+//
 #include "exact.h"
 
 namespace tailorkv::TAILORKV_ISA {
@@ -46,9 +56,9 @@ struct PairsOfBf16 {
 
   static void store_weights(uint32_t* to, int64_t t, F first, F second) {
     const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-    const __m512i order = _mm512_set_epi16(
-        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-        19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     _mm512_storeu_si512(to + t / kPair * kLanes, _mm512_permutexvar_epi16(order, both));
   }
 

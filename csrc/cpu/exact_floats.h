@@ -11,8 +11,8 @@ namespace {
 //   Operand           of queries and weights: one for each lane and `kPair` steps
 //   kPair, kTerms     see there, and `power`
 //   kChannels         heads are padded to a multiple of these
-//   multiply<Add>     out (+)= a * b; see exact.h. Row r and step s of a lie at `a + r*row + s*step`
-//   lay_query         one query, its steps kLanes apart, zeros behind its channels
+//   multiply<Add>     out (+)= a * b; see exact.h. Row r and step s of a lie at `a + r*row +
+//   s*step` lay_query         one query, its steps kLanes apart, zeros behind its channels
 //   store_weights     of tokens t and t + 1
 //   pack_row, pack_one  elements, of what caches hold
 //   turn              V with `kPair` > 1: [channels, kTileTokens], zeros behind its tokens
@@ -76,8 +76,8 @@ struct Floats {
 
  private:
   template <bool Add, int Rows, int Vectors>
-  static void block(const float* a, int64_t row, int64_t step, int64_t steps,
-                    const float* const* b, float* const* out) {
+  static void block(const float* a, int64_t row, int64_t step, int64_t steps, const float* const* b,
+                    float* const* out) {
     F sums[Rows][Vectors];
     for (int r = 0; r < Rows; ++r) {
       for (int v = 0; v < Vectors; ++v) sums[r][v] = Add ? load(out[v] + r * kLanes) : splat(0);

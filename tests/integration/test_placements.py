@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import LongCase, attention_layers, engine, greedy
+from engines import LongCase, attention_layers, engine, greedy, long_case
 
 
 def test_split_equals_joint(case: LongCase, random_llama: Path) -> None:
@@ -26,12 +26,14 @@ def test_split_pool_of_its_own(case: LongCase, random_llama: Path) -> None:
         dense, sparse = plan.count(True), plan.count(False)
         assert dense > 0
         assert sparse > 0
-        # K and V, and K's rows in sparse layers; 2 heads x 64 channels x 4 bytes x 128 tokens
-        assert blocks == (64 << 20) // ((2 * dense + 3 * sparse) * 2 * 64 * 4 * 128)
+        # K and V, with K's rows for an index of channels; 2 heads x 64 channels x 4 bytes x 128
+        parts = 3 if case.options["index"] == "channels" else 2
+        assert blocks == (64 << 20) // ((2 * dense + parts * sparse) * 2 * 64 * 4 * 128)
 
 
-def test_without_key_rows(case: LongCase, random_llama: Path) -> None:
+def test_without_key_rows(random_llama: Path) -> None:
     """Without a second ranking the same tokens are gathered, from other places."""
+    case = long_case(random_llama, "channels")
     options = {**case.options, "rerank_factor": 1}
     with engine(random_llama, options) as llm:
         expected = greedy(llm, case.prompts, 80)
@@ -50,7 +52,7 @@ def smooth_scores() -> Iterator[None]:
     units, and a step of a unit may change which tokens are nearly chosen.
     """
     before = torch.ops.vllm_tailorkv.isa()
-    if before == "avx512_gfni":
+    if before not in ("avx512", "avx2", "portable"):
         torch.ops.vllm_tailorkv.set_isa("avx512")
     yield
     torch.ops.vllm_tailorkv.set_isa(before)
@@ -65,8 +67,8 @@ def test_chunks(case: LongCase, random_llama: Path) -> None:
         assert greedy(llm, case.prompts, 80) == whole
 
 
-@pytest.mark.parametrize("placement", ["joint", "split"])
-def test_reported_bytes_are_the_tensors(random_llama: Path, placement: str) -> None:
+@pytest.mark.parametrize(("placement", "index"), [("joint", "onebit"), ("split", "channels")])
+def test_reported_bytes_are_the_tensors(random_llama: Path, placement: str, index: str) -> None:
     from vllm_tailorkv.attention import budget
 
     reported: list[Any] = []
@@ -78,13 +80,14 @@ def test_reported_bytes_are_the_tensors(random_llama: Path, placement: str) -> N
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budget.CacheSizing, "describe", describe)
-        with engine(random_llama, {"placement": placement}) as llm:
+        with engine(random_llama, {"placement": placement, "index": index}) as llm:
             found = attention_layers(llm)
             sizing, num_blocks = reported[-1]
             in_pool = sum(layer.kv_cache.nbytes for layer in found.values())
             pages = [layer.impl.pages.host for layer in found.values()]
             rows = [page.key_rows for page in pages if page.key_rows is not None]
-            assert len(rows) == len(sizing.sparse_layers) > 0
+            assert len(rows) == (len(sizing.sparse_layers) if index == "channels" else 0)
+            assert sizing.sparse_layers
             full = sum(page.key.nbytes + page.value.nbytes for page in pages)
             assert full == num_blocks * sizing.full_bytes
             host = full + sum(row.nbytes for row in rows)

@@ -164,14 +164,18 @@ class Maker:
         return self.tight(result)
 
 
+ISAS = ("avx512_gfni", "avx512", "avx2", "portable")
+EXACT_ISAS = ("amx", "avx512_bf16", *ISAS)
+
+
 @pytest.fixture
-def each_isa() -> Iterator[Callable[[Case], Iterator[str]]]:
+def each_isa() -> Iterator[Callable[..., Iterator[str]]]:
     """Makes a loop over the instruction sets of this processor, with the threads of a case."""
     before, first = torch.get_num_threads(), torch.ops.vllm_tailorkv.isa()
 
-    def loop(case: Case) -> Iterator[str]:
+    def loop(case: Case, names: tuple[str, ...] = ISAS) -> Iterator[str]:
         torch.set_num_threads(case.threads)
-        for name in ("avx512_gfni", "avx512", "avx2", "portable"):
+        for name in names:
             try:
                 torch.ops.vllm_tailorkv.set_isa(name)
             except RuntimeError:
@@ -396,6 +400,32 @@ def test_sparse_decode_attention(build_context, error_of, each_isa, case):
     for isa in each_isa(case):
         output = make.nothing(*query.shape, dtype=case.dtype)
         ops.sparse_decode_attention(output, *rest, **options)
+        assert error_of(output, expected) < TOLERANCE[case.dtype], isa
+
+
+@few_shapes
+@given(case=cases(), most=st.sampled_from([1, 40, 300]))
+def test_exact_attention(build_context, error_of, each_isa, case, most):
+    make = Maker(case)
+    context = build_context(case.lengths, case.seed, **case.layout)
+    lengths = context.seq_lens
+    lens = (torch.randint(0, most + 1, lengths.shape, generator=make.generator)).int()
+    lens = torch.minimum(lens, lengths)
+    starts = (lens.cumsum(0) - lens).int()
+    fused = make.normal(int(lens.sum()), 2, case.heads * case.per_head, case.head_size)
+    query = make.tight(fused.to(case.dtype))[:, 1]
+    rest = (
+        query,
+        *make.tight(context.cache.host[:2]),
+        make.tight(context.block_table),
+        *map(make.tight, (starts, lens, lengths)),
+    )
+    options = {"scale": case.scale, "softcap": case.softcap}
+    expected = torch.empty(query.shape, dtype=case.dtype)
+    reference.exact_attention(expected, *rest, **options)
+    for isa in each_isa(case, EXACT_ISAS):
+        output = make.nothing(*query.shape, dtype=case.dtype)
+        ops.exact_attention(output, *rest, **options)
         assert error_of(output, expected) < TOLERANCE[case.dtype], isa
 
 

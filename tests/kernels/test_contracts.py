@@ -183,6 +183,16 @@ def arguments(build_context: Callable[..., Any]) -> Callable[[str], dict[str, An
                 **softmax,
                 "max_tail_start": most,
             },
+            "exact_attention": {
+                "output": torch.empty_like(query),
+                "query": query,
+                **pages,
+                "block_table": table,
+                "query_start": torch.arange(ROWS).int(),
+                "query_lens": torch.ones(ROWS).int(),
+                "seq_lens": lengths,
+                **softmax,
+            },
             "dense_preference": {
                 "query": torch.randn(3, HEADS, SIZE),
                 "key": torch.randn(50, KV_HEADS, SIZE),
@@ -232,6 +242,16 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 BROKEN: list[tuple[str, str, Callable[[Any], Any]]] = [
+    ("exact_attention", "output", halved(0)),
+    ("exact_attention", "query", strided),
+    ("exact_attention", "value_cache", halved(0)),
+    ("exact_attention", "block_table", wide),
+    ("exact_attention", "query_start", halved(0)),
+    ("exact_attention", "query_start", lambda x: x + 1),
+    ("exact_attention", "query_lens", lambda x: x - 2),
+    ("exact_attention", "query_lens", wide),
+    ("exact_attention", "seq_lens", lambda x: x * 1000),
+    ("exact_attention", "scale", number(0)),
     ("write_kv", "value_cache", halved(0)),
     ("write_kv", "value_cache", halved(2)),
     ("write_kv", "key_rows", halved(0)),
@@ -345,7 +365,10 @@ BROKEN: list[tuple[str, str, Callable[[Any], Any]]] = [
     ("dense_preference", "query", lambda x: x[:0]),
     ("dense_preference", "alpha", number(0.0)),
 ]
-LENGTHS_OF = ("seq_lens", "tail_start", "max_tail_start", "scores", "block_table")
+LENGTHS_OF = (
+    *("seq_lens", "tail_start", "max_tail_start", "scores", "block_table"),
+    *("query_start", "query_lens"),
+)
 """Arguments whose lengths are held against values, which fakes do not have."""
 
 

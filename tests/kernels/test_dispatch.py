@@ -83,7 +83,7 @@ def gpu(monkeypatch):
 @pytest.mark.parametrize("name", [None, "cuda", "triton", "reference"])
 def test_gpus(monkeypatch, gpu, name):
     monkeypatch.setenv("VLLM_TAILORKV_KERNELS", name or "")
-    for op in dispatch.OPS:
+    for op in dispatch.GPU_OPS:
         choice = dispatch.choose(op, "cuda")
         has_it = "cuda" if op == "select_topk" else "triton"
         if name == "reference":
@@ -108,7 +108,7 @@ def test_gpus_without_the_cuda_extension(monkeypatch, gpu, name):
     monkeypatch.setattr(cuda, "unavailable", lambda: "it was not built")
     monkeypatch.setenv("VLLM_TAILORKV_KERNELS", name or "")
     assert dispatch.choose("select_topk", "cuda").name == "plain"
-    for op in dispatch.OPS:
+    for op in dispatch.GPU_OPS:
         assert dispatch.choose(op, "cuda").name in ("triton", "composed", "plain")
 
 

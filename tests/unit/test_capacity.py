@@ -137,7 +137,8 @@ CASES = [
     ("cuda", {"host_pool_gib": 200}, 64 * GIB, 1),
     ("cuda", {"bits": 4, "index": "channels", "host_pool_gib": 20}, 64 * GIB, 2),
     ("cpu", {}, 64 * GIB, 1),
-    ("cpu", {"key_rows": False}, 64 * GIB, 2),
+    ("cpu", {"index": "channels"}, 64 * GIB, 2),
+    ("cpu", {"index": "channels", "key_rows": False}, 64 * GIB, 1),
     ("cpu", {"placement": "split"}, 64 * GIB, 1),
     ("cpu", {"placement": "split", "host_pool_gib": 3}, 64 * GIB, 1),
 ]
@@ -276,7 +277,7 @@ def test_reads_of_a_cpu() -> None:
     """Without K token by token, every channel of a single token is a cache line of its own."""
     rows = reads(fit_tailorkv("t", worker_of(), plan_on("cpu"), block_size=128))
     assert rows["sparse, K of candidates"][3] == 30 * 1008 * 8 * 256
-    plan = plan_on("cpu", {"key_rows": False})
+    plan = plan_on("cpu", {"index": "channels", "key_rows": False})
     found = reads(fit_tailorkv("t", worker_of(), plan, block_size=128))
     assert found["sparse, K of candidates"][3] == 30 * 1008 * 8 * 48 * 64
     assert found["sparse, K and V of selected"][3] == 30 * 448 * 8 * (128 * 64 + 256)
@@ -437,8 +438,8 @@ def test_json_of_a_cpu(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours = found["caches"][2]
     assert found["plan"]["device"] == "cpu"
     assert ours["memory_bytes"] == 32 * GIB
-    # K and V of 4 heads in 32 layers, in 31 of them K once more, and the derived tier.
-    host = 4 * 256 * (2 * 32 + 31)
+    # K and V of 4 heads in 32 layers, and the derived tier.
+    host = 4 * 256 * 2 * 32
     assert ours["log"][0].startswith(f"host tier: {host:,} bytes a token in vLLM's pages")
     assert ours["pool_bytes_per_token"] > host
     assert (ours["host_pool_bytes"], ours["host_bytes_per_token"]) == (None, 0)

@@ -8,10 +8,15 @@ import pytest
 from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
+KEYS = [
+    (KeyLayout.TOKEN_MAJOR, False),
+    (KeyLayout.CHANNEL_MAJOR, False),
+    (KeyLayout.CHANNEL_MAJOR, True),
+]
 CASES = [
-    PageLayout(kind, heads, head_size, 128, group_size, bits, itemsize, key_rows=key_rows)
-    for kind, heads, head_size, group_size, bits, itemsize, key_rows in product(
-        DerivedKind, (1, 8), HEAD_SIZES, (32, 64, 128), (1, 2, 4), (2, 4), (False, True)
+    PageLayout(kind, heads, head_size, 128, group_size, bits, itemsize, *keys)
+    for kind, heads, head_size, group_size, bits, itemsize, keys in product(
+        DerivedKind, (1, 8), HEAD_SIZES, (32, 64, 128), (1, 2, 4), (2, 4), KEYS
     )
 ]
 

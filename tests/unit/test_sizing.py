@@ -14,7 +14,7 @@ from vllm_tailorkv.cache.host_pool import allocate_host_pool
 from vllm_tailorkv.cache.sizing import GIB, CacheSizing, size_cache
 from vllm_tailorkv.cache.views import derived_pages, host_pages
 from vllm_tailorkv.errors import TailorKVError
-from vllm_tailorkv.layout import DerivedKind, PageLayout
+from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
 
 BLOCKS = 5
 CPU = torch.device("cpu")
@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 
 def layout_of(kind: DerivedKind, bits: int = 2) -> PageLayout:
     rows = kind is DerivedKind.CHANNELS
-    return PageLayout(kind, 2, 80, 128, 64, bits, 2, key_rows=rows)
+    order = KeyLayout.CHANNEL_MAJOR if rows else KeyLayout.TOKEN_MAJOR
+    return PageLayout(kind, 2, 80, 128, 64, bits, 2, order, rows)
 
 
 LAYOUTS = {

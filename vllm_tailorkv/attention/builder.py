@@ -23,7 +23,7 @@ from vllm_tailorkv.attention.metadata import TailorKVMetadata
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.failures import noted
-from vllm_tailorkv.kernels.dispatch import OPS, choose
+from vllm_tailorkv.kernels.dispatch import GPU_OPS, choose
 from vllm_tailorkv.layout import DerivedKind
 
 
@@ -64,7 +64,7 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
         plan = plan_of(vllm_config)
         self.batch: Batch
         if plan.on_gpu:
-            for op in OPS:
+            for op in GPU_OPS:
                 choose(op, device.type)
             layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
             impl = layers[layer_names[0]].impl
