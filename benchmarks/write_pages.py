@@ -1,18 +1,19 @@
-"""What a prompt costs one layer on the CPU beside exact attention: writing and deriving.
+"""What a prompt costs one layer on the CPU: writing, deriving and exact attention.
 
-Prompts are attended exactly, by vLLM's own op with both backends. What tailorkv adds to the time
-to the first token is the derived pages. Rounds alternate in one process: ours writes K and V
-chunk by chunk and derives every group of tokens as it completes; vLLM's writes to a cache of its
-own. Each kind of layer gives a line of JSON; milliseconds are for one whole prompt and one layer:
+Rounds alternate in one process: ours writes K and V chunk by chunk and derives every group of
+tokens as it completes; vLLM's writes to a cache of its own. Each has its own attention over the
+prompt. Each kind of layer gives a line of JSON; milliseconds are for one whole prompt and layer:
 
     shape, layer, index, bits, context, chunk, threads   what ran; tokens of a prompt and a chunk
     implementation, isa         of our ops
-    write_ms, derive_ms, ms     ours, medians; ms is their sum
+    write_ms, derive_ms         ours, medians
+    attention_ms                our exact attention over the prompt, from attention_rows queries
+                                timed at its begin, middle and end
+    ms                          the sum of the three
     us_per_token                microseconds of it for each token
-    baseline_ms, baseline_isa   vLLM's reshape_and_cache, and its name for the code path
-    attention_ms                vLLM's exact attention over the prompt, from attention_rows
-                                queries timed at its begin, middle and end
-    added_share                 (ms - baseline_ms) / (baseline_ms + attention_ms)
+    baseline_write_ms, baseline_isa   vLLM's reshape_and_cache, and its name for the code path
+    baseline_attention_ms       vLLM's exact attention, timed likewise
+    speedup                     vLLM's two by our three
 """
 
 import argparse
@@ -46,14 +47,14 @@ def main() -> None:
             prompt = Prompt.random(shape, context, args.chunk)
             theirs = TheirPages(prompt, torch.randperm(prompt.num_blocks))
             theirs.write()
-            attention = theirs.attend(args.attention_rows)
+            rows = min(args.attention_rows, context)
+            attention = theirs.attend(rows)
             bar.advance(task)
             for case in PAGE_CASES:
                 name = case.index or f"{case.bits} bit"
                 bar.update(task, description=f"{context:,} tokens: {case.layer}, {name}")
-                result = measure(prompt, case, theirs, attention, args.seconds)
-                rows = min(args.attention_rows, context)
-                lines.add({"shape": args.shape, **result, "attention_rows": rows})
+                result = measure(prompt, case, theirs, attention, rows, args.seconds)
+                lines.add({"shape": args.shape, **result})
                 bar.advance(task)
 
 

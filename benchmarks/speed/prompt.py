@@ -1,4 +1,4 @@
-"""What a prompt costs one layer: writing K and V, deriving pages, and vLLM's exact attention."""
+"""What a prompt costs one layer: writing K and V, deriving pages, exact attention."""
 
 import math
 import statistics
@@ -62,6 +62,7 @@ class OurPages:
         raw = torch.zeros(prompt.num_blocks, page_bytes, dtype=torch.uint8)
         self.host = host_pages(raw[:, : layout.host_bytes], layout, DTYPE)
         self.derived = derived_pages(raw[:, layout.host_bytes :], layout, DTYPE)
+        self.block_table = blocks.to(torch.int32).unsqueeze(0)
         self.slots = _slots(prompt, blocks)
         per_block, self.group_size = layout.groups_per_block, layout.group_size
         groups = blocks.unsqueeze(-1) * per_block + torch.arange(per_block)
@@ -81,6 +82,26 @@ class OurPages:
             write += written - start
         return write, derive
 
+    def attend(self, rows: int) -> float:
+        """See `attention_seconds`."""
+        start = torch.zeros(1, dtype=torch.int32)
+        query_lens = torch.tensor([rows], dtype=torch.int32)
+
+        def attend(query: torch.Tensor, output: torch.Tensor, seq_lens: torch.Tensor) -> None:
+            ops.exact_attention(
+                output,
+                query,
+                self.host.key,
+                self.host.value,
+                self.block_table,
+                start,
+                query_lens,
+                seq_lens,
+                scale=query.shape[-1] ** -0.5,
+            )
+
+        return attention_seconds(self.prompt, rows, attend)
+
 
 class TheirPages:
     """vLLM's cache of one layer."""
@@ -99,30 +120,44 @@ class TheirPages:
         return time.perf_counter() - start
 
     def attend(self, rows: int) -> float:
-        """Seconds that exact attention takes over the whole prompt.
-
-        `rows` queries are timed at the prompt's begin, middle and end. As the cost of a query
-        grows with its depth along a line, their mean stands for all.
-        """
-        rows = min(rows, self.prompt.context)
-        costs = [
-            statistics.median(self._probe(rows, depth) for _ in range(PROBES))
-            for depth in PROBED_DEPTHS
-        ]
-        begin, middle, end = costs
-        return (begin + 4 * middle + end) / 6 / rows * self.prompt.context
-
-    def _probe(self, rows: int, depth: float) -> float:
-        shape = self.prompt.shape
-        seen = rows + round(depth * (self.prompt.context - rows))
-        query = torch.randn(rows, shape.heads, shape.head_size).to(DTYPE)
-        output = torch.empty_like(query)
-        seq_lens = torch.tensor([seen], dtype=torch.int32)
+        """See `attention_seconds`."""
         starts = torch.tensor([0, rows], dtype=torch.int32)
-        schedule = self.cache.schedule(shape, seq_lens, starts)
+
+        def attend(query: torch.Tensor, output: torch.Tensor, seq_lens: torch.Tensor) -> None:
+            schedule = self.cache.schedule(self.prompt.shape, seq_lens, starts)
+            self.cache.attend(output, query, self.block_table, seq_lens, starts, schedule)
+
+        return attention_seconds(self.prompt, rows, attend)
+
+
+def attention_seconds(
+    prompt: Prompt, rows: int, attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+) -> float:
+    """Seconds that exact attention takes over a whole prompt.
+
+    `rows` queries are timed at the prompt's begin, middle and end. As the cost of a query grows
+    with its depth along a line, their mean stands for all.
+
+    Args:
+        rows: at most as many as the prompt has tokens.
+        attend: with queries and outputs [rows, H, d] and the tokens in context, int32 [1].
+    """
+    shape = prompt.shape
+    query = torch.randn(rows, shape.heads, shape.head_size).to(DTYPE)
+    output = torch.empty_like(query)
+
+    def probe(depth: float) -> float:
+        seen = rows + round(depth * (prompt.context - rows))
+        seq_lens = torch.tensor([seen], dtype=torch.int32)
         start = time.perf_counter()
-        self.cache.attend(output, query, self.block_table, seq_lens, starts, schedule)
+        attend(query, output, seq_lens)
         return time.perf_counter() - start
+
+    probe(PROBED_DEPTHS[0])
+    begin, middle, end = (
+        statistics.median(probe(depth) for _ in range(PROBES)) for depth in PROBED_DEPTHS
+    )
+    return (begin + 4 * middle + end) / 6 / rows * prompt.context
 
 
 def _slots(prompt: Prompt, blocks: torch.Tensor) -> torch.Tensor:
@@ -133,19 +168,20 @@ def _slots(prompt: Prompt, blocks: torch.Tensor) -> torch.Tensor:
 
 
 def measure(
-    prompt: Prompt, case: Case, theirs: TheirPages, attention: float, seconds: float
+    prompt: Prompt, case: Case, theirs: TheirPages, attention: float, rows: int, seconds: float
 ) -> dict[str, Any]:
     """One line of results: rounds for about `seconds`, after one to warm up.
 
     Args:
         attention: of `theirs`, seconds.
+        rows: queries timed, see `attention_seconds`.
     """
     ours = OurPages(prompt, case, theirs.block_table[0].long())
     rounds = list(_rounds(ours.read, theirs.write, seconds))
     write, derive, baseline = (
         1e3 * statistics.median(values) for values in zip(*rounds, strict=True)
     )
-    attention_ms = 1e3 * attention
+    attend, baseline_attend = 1e3 * ours.attend(rows), 1e3 * attention
     return {
         "layer": case.layer,
         "index": case.index,
@@ -153,15 +189,17 @@ def measure(
         "context": prompt.context,
         "chunk": prompt.chunk,
         "threads": torch.get_num_threads(),
-        **implementation(["write_kv", "quantize_groups"]),
+        **implementation(["write_kv", "quantize_groups", "exact_attention"]),
         "write_ms": round(write, 4),
         "derive_ms": round(derive, 4),
-        "ms": round(write + derive, 4),
-        "us_per_token": round(1e3 * (write + derive) / prompt.context, 4),
+        "attention_ms": round(attend, 2),
+        "attention_rows": rows,
+        "ms": round(write + derive + attend, 4),
+        "us_per_token": round(1e3 * (write + derive + attend) / prompt.context, 4),
         "baseline_isa": theirs.cache.isa,
-        "baseline_ms": round(baseline, 4),
-        "attention_ms": round(attention_ms, 2),
-        "added_share": round((write + derive - baseline) / (baseline + attention_ms), 5),
+        "baseline_write_ms": round(baseline, 4),
+        "baseline_attention_ms": round(baseline_attend, 2),
+        "speedup": round((baseline + baseline_attend) / (write + derive + attend), 3),
         "rounds": len(rounds),
     }
 

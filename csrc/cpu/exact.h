@@ -247,20 +247,23 @@ class Exact {
   template <class T>
   int64_t prepare(const Desk<Units>& desk, const Lot& lot) const {
     const int64_t groups = ceil_div(lot.count, kLanes);
-    for (int64_t i = 0; i < groups * kLanes; ++i) {
-      const int64_t query = lot.first + smaller(i, lot.count - 1);
-      desk.limits[i] = static_cast<float>(position(lot.row, query));
-      Operand* to = desk.queries + i / kLanes * steps() * kLanes + i % kLanes;
-      Units::lay_query(to, query_at<T>(lot, query), size_, steps());
+    for (int64_t group = 0; group < groups; ++group) {
+      const T* rows[kLanes];
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t i = smaller(group * kLanes + lane, lot.count - 1);
+        desk.limits[group * kLanes + lane] = static_cast<float>(position(lot.row, lot.first + i));
+        rows[lane] = static_cast<const T*>(op_.query) +
+                     place(lot, lot.first + i, op_.query_token, op_.query_head);
+      }
+      Units::lay_queries(desk.queries + group * steps() * kLanes, rows, size_, steps());
     }
     return groups;
   }
 
-  template <class T>
-  const T* query_at(const Lot& lot, int64_t query) const {
-    const int64_t token = op_.query_start[lot.row] + query / per_token_;
-    const int64_t head = lot.head * per_token_ + query % per_token_;
-    return static_cast<const T*>(op_.query) + token * op_.query_token + head * op_.query_head;
+  // Where query `i` of a lot's row lies in an array of [T, H, d].
+  int64_t place(const Lot& lot, int64_t i, int64_t token, int64_t head) const {
+    return (op_.query_start[lot.row] + i / per_token_) * token +
+           (lot.head * per_token_ + i % per_token_) * head;
   }
 
   // Attend to one segment of the context.
@@ -438,14 +441,15 @@ class Exact {
 
   template <class T>
   void finish(const Lot& lot, const Softmaxes& softmaxes) const {
-    for (int64_t i = 0; i < lot.count; ++i) {
-      const int64_t query = lot.first + i;
-      const int64_t token = op_.query_start[lot.row] + query / per_token_;
-      const int64_t head = lot.head * per_token_ + query % per_token_;
-      T* to = static_cast<T*>(op_.output) + token * op_.output_token + head * op_.output_head;
-      const float* from = softmaxes.values_of(i / kLanes) + i % kLanes;
-      const float weight = 1.0f / softmaxes.total[i];
-      for (int64_t c = 0; c < size_; ++c) from_float(to + c, from[c * kLanes] * weight);
+    for (int64_t group = 0; group * kLanes < lot.count; ++group) {
+      T* rows[kLanes];
+      const int64_t lanes = smaller(kLanes, lot.count - group * kLanes);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const int64_t i = lot.first + group * kLanes + lane;
+        rows[lane] = static_cast<T*>(op_.output) + place(lot, i, op_.output_token, op_.output_head);
+      }
+      Units::give(rows, static_cast<int>(lanes), softmaxes.values_of(group),
+                  softmaxes.total + group * kLanes, size_);
     }
   }
 

@@ -47,11 +47,34 @@ struct PairsOfBf16 {
   using Operand = uint32_t;
   static constexpr int kPair = 2, kTerms = 3;
 
-  static void lay_query(uint32_t* to, const Bf16* from, int64_t size, int64_t steps) {
-    for (int64_t s = 0; s < size / kPair; ++s) {
-      __builtin_memcpy(to + s * kLanes, from + s * kPair, sizeof(uint32_t));
+  static void lay_queries(uint32_t* to, const Bf16* const* rows, int64_t size, int64_t steps) {
+    for (int64_t s = 0; s < steps; s += 16) {
+      __m512i x[16];
+      const int there = static_cast<int>(larger(0, smaller(16, size / kPair - s)));
+      for (int i = 0; i < 16; ++i)
+        x[i] = _mm512_maskz_loadu_epi32(first(there), rows[i] + s * kPair);
+      transpose(x);
+      const int64_t count = smaller(16, steps - s);
+      for (int64_t i = 0; i < count; ++i) _mm512_storeu_si512(to + (s + i) * kLanes, x[i]);
     }
-    for (int64_t s = size / kPair; s < steps; ++s) to[s * kLanes] = 0;
+  }
+
+  static void give(Bf16* const* rows, int lanes, const float* values, const float* total,
+                   int64_t size) {
+    const F weight = splat(1.0f) / load(total);
+    for (int64_t c = 0; c < size; c += 16) {
+      __m512i x[16];
+      // There are values for a multiple of 16 channels: see `kChannels`.
+      for (int64_t i = 0; i < 16; ++i) {
+        x[i] = _mm512_castps_si512(load(values + (c + i) * kLanes) * weight);
+      }
+      transpose(x);
+      const __mmask16 there = first(static_cast<int>(smaller(16, size - c)));
+      for (int i = 0; i < lanes; ++i) {
+        const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_castsi512_ps(x[i]));
+        _mm256_mask_storeu_epi16(rows[i] + c, there, reinterpret_cast<__m256i>(rounded));
+      }
+    }
   }
 
   static void store_weights(uint32_t* to, int64_t t, F first, F second) {

@@ -11,8 +11,9 @@ namespace {
 //   Operand           of queries and weights: one for each lane and `kPair` steps
 //   kPair, kTerms     see there, and `power`
 //   kChannels         heads are padded to a multiple of these
-//   multiply<Add>     out (+)= a * b; see exact.h. Row r and step s of a lie at `a + r*row +
-//   s*step` lay_query         one query, its steps kLanes apart, zeros behind its channels
+//   multiply<Add>     out (+)= a * b; see exact.h. Row r, step s of a is at `a + r*row + s*step`
+//   lay_queries       of a group, [steps, kLanes], zeros behind their channels
+//   give              what a group's values come to, divided by its totals
 //   store_weights     of tokens t and t + 1
 //   pack_row, pack_one  elements, of what caches hold
 //   turn              V with `kPair` > 1: [channels, kTileTokens], zeros behind its tokens
@@ -27,8 +28,21 @@ struct Floats {
   static void end() {}
 
   template <class T>
-  static void lay_query(float* to, const T* from, int64_t size, int64_t) {
-    for (int64_t c = 0; c < size; ++c) to[c * kLanes] = to_float(from[c]);
+  static void lay_queries(float* to, const T* const* rows, int64_t size, int64_t) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      for (int64_t c = 0; c < size; ++c) to[c * kLanes + lane] = to_float(rows[lane][c]);
+    }
+  }
+
+  template <class T>
+  static void give(T* const* rows, int lanes, const float* values, const float* total,
+                   int64_t size) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      const float weight = 1.0f / total[lane];
+      for (int64_t c = 0; c < size; ++c) {
+        from_float(rows[lane] + c, values[c * kLanes + lane] * weight);
+      }
+    }
   }
 
   static void store_weights(float* to, int64_t t, F first, F second) {

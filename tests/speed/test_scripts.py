@@ -22,8 +22,8 @@ DECODE_KEYS = {
 PROVENANCE_KEYS = {"command", "date", "revision", "versions", "processor"}
 WRITE_KEYS = {
     *("shape", "layer", "index", "bits", "context", "chunk", "threads", "implementation", "isa"),
-    *("write_ms", "derive_ms", "ms", "us_per_token", "baseline_ms", "baseline_isa"),
-    *("attention_ms", "attention_rows", "added_share", "rounds"),
+    *("write_ms", "derive_ms", "ms", "us_per_token", "baseline_write_ms", "baseline_isa"),
+    *("attention_ms", "attention_rows", "baseline_attention_ms", "speedup", "rounds"),
 }
 
 
