@@ -277,7 +277,7 @@ class Exact {
     Units::begin();
     for (int64_t first = begin; first < end; first += kTileTokens) {
       const TileView<Units> tile =
-          view_tile<T>(desk, lot, first, smaller(kTileTokens, end - first));
+          view_tile<T>(desk, lot, first, smaller(kTileTokens, end - first), last);
       for (int64_t group = 0; group < groups; group += kTogetherGroups) {
         const int64_t together = smaller(kTogetherGroups, groups - group);
         // Positions rise, and so do the limits of lanes.
@@ -379,8 +379,8 @@ class Exact {
 
   // Where a tile's K and V can be read as they lie, or a packed copy.
   template <class T>
-  TileView<Units> view_tile(const Desk<Units>& desk, const Lot& lot, int64_t first,
-                            int64_t count) const {
+  TileView<Units> view_tile(const Desk<Units>& desk, const Lot& lot, int64_t first, int64_t count,
+                            int64_t last) const {
     TileView<Units> tile;
     tile.first = first;
     tile.count = count;
@@ -407,8 +407,15 @@ class Exact {
         pack(keys, key, tokens, desk.key + run * kRunTokens * channels_);
       }
       if constexpr (Units::kPair > 1) {
+        // Of the run in the same place of the next tile; beyond the table, of this one.
+        const int64_t later = position + kTileTokens;
+        const int64_t next = later <= last ? later : position;
+        const int64_t soon = table[next / block_size], place = next % block_size;
+        const char* const ahead[2] = {
+            reinterpret_cast<const char*>(at<T>(key, soon, lot.head, place, 0)),
+            reinterpret_cast<const char*>(at<T>(value, soon, lot.head, place, 0))};
         Units::turn(rows, value.token, value.channel, tokens, size_, desk.value + run * kRunTokens,
-                    kTileTokens, channels_);
+                    kTileTokens, channels_, ahead);
       } else if (value_fits) {
         tile.value[run] = reinterpret_cast<const Element*>(rows);
       } else {

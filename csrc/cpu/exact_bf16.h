@@ -92,12 +92,16 @@ struct PairsOfBf16 {
 
   // A run of rows of V, channels and tokens exchanged.
   //   from: [tokens, size]; to: [channels, kRunTokens], rows `pitch` apart
+  //   ahead: as many bytes of K and of V, that will be read soon, a cache line at a time
   static void turn(const Bf16* from, int64_t token, int64_t channel, int64_t tokens, int64_t size,
-                   Bf16* to, int64_t pitch, int64_t channels) {
+                   Bf16* to, int64_t pitch, int64_t channels, const char* const (&ahead)[2]) {
     static_assert(kRunTokens == 32);
+    int64_t line = 0;
     for (int64_t c = 0; c < channels; c += 16) {
       __m512i x[16];
-      for (int i = 0; i < 16; ++i) {
+      for (int i = 0; i < 16; ++i, line += 64) {
+        __builtin_prefetch(ahead[0] + line, 0, 2);
+        __builtin_prefetch(ahead[1] + line, 0, 2);
         __m512i pair = _mm512_setzero_si512();
         for (int half = 0; half < 2; ++half) {
           const int64_t t = 2 * i + half;
