@@ -146,7 +146,7 @@ def test_profile_of_this_model(random_llama: Path, tmp_path: Path) -> None:
 
 def test_cache_too_small(random_llama: Path) -> None:
     with (
-        pytest.raises(TailorKVError, match=r"--kv-cache-memory-bytes .* --max-model-len to 512"),
+        pytest.raises(TailorKVError, match=r"--kv-cache-memory-bytes .* --max-model-len to 768"),
         engine(random_llama, {}, kv_cache_memory_bytes=4 << 20),
     ):
         pass
