@@ -118,9 +118,9 @@ def test_the_metrics_count_what_the_workers_do(server: VllmServer) -> None:
     assert moved["quantized_groups", "sparse"] == 600 // 128 * layers["sparse"]
     # Of the 512 tokens in whole groups, 8 are sinks: there is more between than is taken.
     assert moved["selected", "sparse"] == 4 * 448 * layers["sparse"]
-    for kind in layers:
-        row = plan.num_kv_heads * plan.head_size * 2
-        assert moved["host_written_bytes", kind] == 604 * 2 * row * layers[kind]
+    row = plan.num_kv_heads * plan.head_size * 2
+    for kind, count in layers.items():
+        assert moved["host_written_bytes", kind] == 604 * 2 * row * count
     # A record of 64 tokens, or of 128 of which K alone has codes, at 2 and 1 bits.
     head = plan.head_size
     values = 64 * -(-head * 2 // 8) + 64 * -(-head // 64) * 4
