@@ -11,7 +11,6 @@ from vllm_tailorkv.attention.rows import (
     completed_groups,
     decode_mask,
     tail_starts,
-    token_indices,
 )
 from vllm_tailorkv.config import TailorKVConfig
 from vllm_tailorkv.layout import DerivedKind
@@ -77,18 +76,6 @@ def test_completed_groups(
     assert groups.dtype == torch.int64
     assert groups.is_contiguous()
     assert groups.tolist() == expected
-
-
-@given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=8), data=st.data())
-def test_token_indices(counts: list[int], data: st.DataObject) -> None:
-    chosen = data.draw(st.lists(st.integers(0, len(counts) - 1), unique=True))
-    starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
-    indices = token_indices(
-        torch.tensor(starts, dtype=torch.int32), torch.tensor(chosen, dtype=torch.int64)
-    )
-    expected = [token for i in chosen for token in range(starts[i], starts[i + 1])]
-    assert indices.dtype == torch.int64
-    assert indices.tolist() == expected
 
 
 @pytest.mark.parametrize("kind", list(DerivedKind))

@@ -58,16 +58,3 @@ def completed_groups(slot_mapping: torch.Tensor, group_size: int) -> torch.Tenso
     """
     # No slot, -1, passes for the end of group -1.
     return torch.where((slot_mapping + 1) % group_size == 0, slot_mapping // group_size, -1)
-
-
-def token_indices(query_start_loc: torch.Tensor, requests: torch.Tensor) -> torch.Tensor:
-    """The query tokens of some requests, in order: int64.
-
-    Args:
-        query_start_loc: int [num_reqs + 1].
-        requests: int64 [n].
-    """
-    starts = query_start_loc[requests].long()
-    counts = query_start_loc[requests + 1].long() - starts
-    offsets = torch.repeat_interleave(starts - (counts.cumsum(0) - counts), counts)
-    return offsets + torch.arange(int(counts.sum()))
