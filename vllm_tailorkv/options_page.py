@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le
 from pydantic.fields import FieldInfo
 
 from vllm_tailorkv import envs
@@ -51,6 +50,10 @@ unnoticed. Only those that Kubernetes sets for a service called `vllm-tailorkv` 
 """
 
 
+_BOUNDS = {"ge": "from {:,} ", "gt": "above {:,} ", "le": "to {:,} "}
+"""What pydantic calls the bounds of a value, and how they are said."""
+
+
 def _shown(value: Any) -> str:
     """A value as one writes it in JSON; None is no value."""
     if isinstance(value, bool):
@@ -67,16 +70,11 @@ def _allowed(field: FieldInfo) -> str:
         return "`true`, `false`"
     if annotation not in (int, float, float | None):
         return "a path, or an object"
-    bounds = {
-        Ge: "from {:,} ",
-        Gt: "above {:,} ",
-        Le: "to {:,} ",
-    }
     words = "a whole number " if annotation is int else "a number "
-    for bound in field.metadata:
-        if type(bound) in bounds:
-            value = getattr(bound, type(bound).__name__.lower())
-            words += bounds[type(bound)].format(value)
+    for kind, said in _BOUNDS.items():
+        for bound in field.metadata:
+            if hasattr(bound, kind):
+                words += said.format(getattr(bound, kind))
     return words.rstrip()
 
 
