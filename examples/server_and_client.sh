@@ -22,9 +22,17 @@ vllm serve "$model" --port "$port" \
     --max-model-len "${MAX_MODEL_LEN:-8192}" \
     --kv-cache-memory-bytes $((${CACHE_GIB:-2} << 30)) &
 server=$!
+
 # Under load vLLM may wait for its clients when it is ended, so it is killed after some time.
-trap 'kill "$server" 2>/dev/null; for _ in $(seq 30); do kill -0 "$server" 2>/dev/null || exit; sleep 1; done
-      kill -9 "$server"' EXIT
+end() {
+    kill "$server" 2>/dev/null || return 0
+    for _ in $(seq 30); do
+        kill -0 "$server" 2>/dev/null || return 0
+        sleep 1
+    done
+    kill -9 "$server"
+}
+trap end EXIT
 
 for _ in $(seq "${SECONDS_TO_START:-600}"); do
     kill -0 "$server" 2>/dev/null || { echo "the server ended" >&2; exit 1; }

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
@@ -139,7 +140,21 @@ def of_pip(arguments: list[str], _: list[str]) -> list[str]:
     return [file for option, file in pairs if option == "-r" and not (ROOT / file).exists()]
 
 
+def of_vllm(_: list[str], options: list[str]) -> list[str]:
+    """By vLLM's sources, since its parser takes many seconds to import."""
+    vllm = Path(importlib.util.find_spec("vllm").submodule_search_locations[0])
+    files = ("engine/arg_utils.py", "entrypoints/launchers/cli_args.py")
+    text = "\n".join((vllm / file).read_text() for file in files)
+    wrong = []
+    for option in options:
+        field = option.removeprefix("--").replace("-", "_")
+        is_there = f'"{option}"' in text or re.search(rf"^    {field}:", text, re.MULTILINE)
+        wrong += [] if is_there else [option]
+    return wrong
+
+
 CHECKS = {
+    "vllm": of_vllm,
     "vllm-tailorkv": of_subcommand,
     "make": of_make,
     "python": of_python,
@@ -167,6 +182,7 @@ def test_complaints() -> None:
     assert complaints("python benchmarks/none.py") == ["benchmarks/none.py"]
     assert complaints("python benchmarks/peers.py --model x --contexts 3") == ["--contexts"]
     assert complaints("pip install -r requirements/none.txt") == ["requirements/none.txt"]
+    assert complaints("vllm serve M --port 3 --attention-backends x") == ["--attention-backends"]
     assert complaints("bash benchmarks/gpu/none.sh") == ["benchmarks/gpu/none.sh"]
 
 
