@@ -15,7 +15,7 @@ from vllm_tailorkv.config import load_config
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.patches.record import VLLM, check_version
 
-INSTALL = "see the README, section Using it"
+INSTALL = "see docs/INSTALL.md"
 
 
 @dataclass(frozen=True)
