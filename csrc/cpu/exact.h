@@ -33,21 +33,14 @@ constexpr int64_t kOutputBytes = int64_t{1} << 18;
 constexpr float kNone = -__builtin_inff();
 constexpr float kLog2E = 1.44269504f;
 
-// 2^x within 2^-23, or with three terms within 2^-13, from 2^-126 on, which stands for less.
-template <int Terms>
-F power(F x) {
+// 2^x within 2^-23 from 2^-126 on, which stands for less.
+inline F power(F x) {
   x = max(x, splat(-126.0f));
   const F n = round_even(x), r = x - n;
-  F p;
-  if constexpr (Terms == 3) {
-    p = fma(fma(splat(0.05500893f), r, splat(0.24221096f)), r, splat(0.693282927f));
-  } else {
-    static_assert(Terms == 5);
-    p = fma(splat(0.00132647271f), r, splat(0.00967151265f));
-    p = fma(p, r, splat(0.0555073374f));
-    p = fma(p, r, splat(0.240222421f));
-    p = fma(p, r, splat(0.693146978f));
-  }
+  F p = fma(splat(0.00132647271f), r, splat(0.00967151265f));
+  p = fma(p, r, splat(0.0555073374f));
+  p = fma(p, r, splat(0.240222421f));
+  p = fma(p, r, splat(0.693146978f));
   return scale_by_power(fma(p, r, splat(1.0f)), n);
 }
 
@@ -78,7 +71,7 @@ struct Softmaxes {
         const int64_t at = group * kLanes + lane;
         const F before = load(highest + at), after = load(other.highest + at);
         const F now = max(before, after), shown = max(now, splat(-1e30f));
-        const F keep = power<5>(before - shown), add = power<5>(after - shown);
+        const F keep = power(before - shown), add = power(after - shown);
         store(highest + at, now);
         store(total + at, load(total + at) * keep + load(other.total + at) * add);
         float *to = values_of(group) + lane, *from = other.values_of(group) + lane;
@@ -89,6 +82,9 @@ struct Softmaxes {
     }
   }
 };
+
+// What needs no beginning and no end.
+struct Nothing {};
 
 // Queries of one row and KV head: `count` from `first` on, counted over tokens, and over the query
 // heads of each.
@@ -274,7 +270,7 @@ class Exact {
     const int64_t last = position(lot.row, lot.first + lot.count - 1);
     const int64_t end = smaller(last + 1, begin + kSegmentTokens);
     softmaxes.clear(groups);
-    Units::begin();
+    [[maybe_unused]] const typename Units::Session session;
     for (int64_t first = begin; first < end; first += kTileTokens) {
       const TileView<Units> tile =
           view_tile<T>(desk, lot, first, smaller(kTileTokens, end - first), last);
@@ -285,7 +281,6 @@ class Exact {
         attend_groups(desk, tile, group, static_cast<int>(together), softmaxes);
       }
     }
-    Units::end();
   }
 
   void attend_groups(const Desk<Units>& desk, const TileView<Units>& tile, int64_t group,
@@ -355,7 +350,7 @@ class Exact {
       // Lanes that have seen nothing yet: any number will do, but infinity.
       const F shown = max(now, splat(-1e30f));
       if (greater(now, before) != 0) {
-        const F keep = power<5>(before - shown);
+        const F keep = power(before - shown);
         store(highest, now);
         store(total, load(total) * keep);
         float* value = softmaxes.values_of(group) + lane;
@@ -368,7 +363,7 @@ class Exact {
       for (int64_t t = 0; t < tokens; t += 2) {
         F weight[2];
         for (int i = 0; i < 2; ++i) {
-          weight[i] = power<Units::kTerms>(fma(load(score + (t + i) * kLanes), factor, least));
+          weight[i] = Units::weight(fma(load(score + (t + i) * kLanes), factor, least));
           sums[i] = sums[i] + weight[i];
         }
         Units::store_weights(weights + lane, t, weight[0], weight[1]);

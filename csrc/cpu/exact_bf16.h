@@ -45,7 +45,7 @@ inline void transpose(__m512i (&x)[16]) {
 struct PairsOfBf16 {
   using Element = Bf16;
   using Operand = uint32_t;
-  static constexpr int kPair = 2, kTerms = 3;
+  static constexpr int kPair = 2;
 
   static void lay_queries(uint32_t* to, const Bf16* const* rows, int64_t size, int64_t steps) {
     for (int64_t s = 0; s < steps; s += 16) {
@@ -77,12 +77,22 @@ struct PairsOfBf16 {
     }
   }
 
+  // 2^x within 2^-13: a weight is rounded to half as many bits.
+  static F weight(F x) {
+    // What lies above the whole number below, 0 of -infinity.
+    const F r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    F p = fma(splat(0.07706754f), r, splat(0.22764445f));
+    p = fma(p, r, splat(0.69511691f));
+    return _mm512_scalef_ps(fma(p, r, splat(1.0f)), x);
+  }
+
   static void store_weights(uint32_t* to, int64_t t, F first, F second) {
-    const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-    const __m512i order =
-        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    _mm512_storeu_si512(to + t / kPair * kLanes, _mm512_permutexvar_epi16(order, both));
+    // Rounded to the nearest, and up from the middle: no weight is negative.
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i low = _mm512_add_epi32(_mm512_castps_si512(first), half);
+    const __m512i high = _mm512_add_epi32(_mm512_castps_si512(second), half);
+    _mm512_storeu_si512(to + t / kPair * kLanes,
+                        _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(low, 16), high));
   }
 
   static void pack_row(Bf16* to, const Bf16* from, int64_t size) {

@@ -9,23 +9,21 @@ namespace {
 // What every `Units` has:
 //   Element           of K and V as they are multiplied
 //   Operand           of queries and weights: one for each lane and `kPair` steps
-//   kPair, kTerms     see there, and `power`
+//   kPair             see there
 //   kChannels         heads are padded to a multiple of these
 //   multiply<Add>     out (+)= a * b; see exact.h. Row r, step s of a is at `a + r*row + s*step`
 //   lay_queries       of a group, [steps, kLanes], zeros behind their channels
 //   give              what a group's values come to, divided by its totals
-//   store_weights     of tokens t and t + 1
+//   weight            2^x of a score; store_weights, of tokens t and t + 1
 //   pack_row, pack_one  elements, of what caches hold
 //   turn              V with `kPair` > 1: [channels, kTileTokens], zeros behind its tokens
-//   begin, end        around multiplications
+//   Session           lives while things are multiplied
 struct Floats {
   using Element = float;
   using Operand = float;
-  static constexpr int kPair = 1, kTerms = 5;
+  static constexpr int kPair = 1;
+  using Session = Nothing;
   static constexpr int64_t kChannels = 8;
-
-  static void begin() {}
-  static void end() {}
 
   template <class T>
   static void lay_queries(float* to, const T* const* rows, int64_t size, int64_t) {
@@ -45,6 +43,7 @@ struct Floats {
     }
   }
 
+  static F weight(F x) { return power(x); }
   static void store_weights(float* to, int64_t t, F first, F second) {
     store(to + t * kLanes, first);
     store(to + (t + 1) * kLanes, second);

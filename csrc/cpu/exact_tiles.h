@@ -1,25 +1,16 @@
 // exact_attention of bfloat16 by AMX: tiles of 16 rows times 32 elements.
 #pragma once
 
+#include "tiles.h"
+//
 #include "exact_bf16.h"
 
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 
 struct Tiles : PairsOfBf16 {
+  using Session = TileShape;
   static constexpr int64_t kChannels = 32;
-
-  // Tell the processor the tiles' shape, all the same: 16 rows of 64 bytes.
-  static void begin() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shape;
-    static_assert(sizeof(shape) == 64);
-    _tile_loadconfig(&shape);
-  }
-  static void end() { _tile_release(); }
 
   // Two tiles of rows times one or two of queries at once.
   template <bool Add>

@@ -23,12 +23,9 @@ extern const Kernels kernels_avx512_gfni;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx2;
 
-namespace avx512_bf16 {
-void exact_attention(const ExactAttention&);
-}
-namespace amx {
-void exact_attention(const ExactAttention&);
-}
+// They leave what they have nothing better for.
+void replace_by_avx512_bf16(Kernels& kernels);
+void replace_by_amx(Kernels& kernels);
 #endif
 
 namespace {
@@ -57,8 +54,8 @@ bool has_amx() {
 #if defined(__linux__)
   uint32_t a, b, c, d;
   if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-  constexpr uint32_t kBf16 = 1u << 22, kTiles = 1u << 24;
-  if ((d & kBf16) == 0 || (d & kTiles) == 0) return false;
+  constexpr uint32_t kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, bytes
+  if ((d & kNeeded) != kNeeded) return false;
   // The kernel gives tiles to processes that ask for them.
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -70,16 +67,15 @@ bool has_amx() {
 // Intel's multiply bfloat16 slower than floats, but in AMX.
 bool is_amd() { return __builtin_cpu_is("amd"); }
 
-// Those of avx512_gfni, with another multiplication of bfloat16.
-Kernels with_bf16(const char* name, void (*exact_attention)(const ExactAttention&)) {
+// Those of avx512_gfni, some of them replaced.
+Kernels with(void (*replace)(Kernels&)) {
   Kernels kernels = kernels_avx512_gfni;
-  kernels.name = name;
-  kernels.exact_attention = exact_attention;
+  replace(kernels);
   return kernels;
 }
 
-const Kernels kernels_avx512_bf16 = with_bf16("avx512_bf16", avx512_bf16::exact_attention);
-const Kernels kernels_amx = with_bf16("amx", amx::exact_attention);
+const Kernels kernels_avx512_bf16 = with(replace_by_avx512_bf16);
+const Kernels kernels_amx = with(replace_by_amx);
 
 bool has_avx2() {
   // Every processor with AVX2 and FMA has F16C, which gcc 12 cannot ask for by name.
