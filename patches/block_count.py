@@ -81,6 +81,7 @@ PATCH = Patch(
     remove_when="a KV cache spec can name a second budget",
     wrap=_wrap,
     vllm=seams.V0_33,
+    upstream="https://github.com/vllm-project/vllm/issues/42449",
 )
 
 PATCH_0_32 = replace(PATCH, wrap=_wrap_0_32, vllm=seams.V0_32)

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -52,6 +53,14 @@ def test_record_is_complete(patch: Patch) -> None:
         assert getattr(patch, field).strip(), field
     if patch.upstream is not None:
         assert patch.upstream.startswith("https://")
+
+
+@BY_NAME
+def test_a_proposal_would_remove_it(patch: Patch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "UPSTREAM.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{patch.name}` | ["))
+    heading = row.partition("[")[2].partition("]")[0]
+    assert f"\n## {heading}\n" in text
 
 
 def test_names_and_targets_are_unique() -> None:
