@@ -260,7 +260,7 @@ setup(
         "safetensors",
         "tokenizers",
     ],
-    extras_require={"vllm": ["vllm>=0.32,<0.33"], "test": ["pytest", "hypothesis"]},
+    extras_require={"vllm": ["vllm>=0.32.0,<0.34"], "test": ["pytest", "hypothesis"]},
     entry_points={
         "console_scripts": ["vllm-tailorkv = vllm_tailorkv.cli:main"],
         "vllm.general_plugins": ["tailorkv = vllm_tailorkv.plugin:register"],

@@ -68,6 +68,11 @@ def test_names_and_targets_are_unique() -> None:
     assert len({patch.target for patch in PATCHES}) == len(PATCHES)
 
 
+def test_the_package_asks_for_what_we_know() -> None:
+    text = (Path(__file__).parents[2] / "setup.py").read_text()
+    assert f'"vllm{seams.ALL}"' in text
+
+
 @BY_NAME
 def test_target_is_there(patch: Patch) -> None:
     owner, attribute, raw = patch.locate()
@@ -159,6 +164,25 @@ def test_an_unknown_vllm_is_left_alone_until_our_backend_is_selected() -> None:
     assert "TailorKV is off: vLLM 0.40.0 is unknown" in text
     last = text.splitlines()[-1]
     assert last.startswith("vllm-tailorkv: error: vLLM 0.40.0 is unknown")
+
+
+NOWHERE = """
+import vllm
+from vllm.config import AttentionConfig
+vllm.__version__ = "0.40.0"
+del AttentionConfig.__dataclass_fields__["backend"]
+from vllm_tailorkv import plugin
+plugin.register()
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+assert "TAILORKV" not in AttentionBackendEnum.__members__
+print("well")
+"""
+
+
+def test_an_unknown_vllm_that_selects_backends_otherwise_does_not_learn_our_name() -> None:
+    """It would serve by another one in silence."""
+    result = run(NOWHERE)
+    assert result.stdout.split()[-1:] == [b"well"], result.stderr.decode()
 
 
 @pytest.fixture
