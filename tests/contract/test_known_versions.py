@@ -148,17 +148,41 @@ def strings(tree: ast.AST) -> Iterator[str]:
             yield node.value
 
 
-def test_options_that_our_messages_name(version: str) -> None:
+def options_of(version: str) -> set[str]:
+    """Options of `vllm serve`, as its sources spell them or by the fields that they are made of."""
+    tree = tree_of(version)
+    names = ("engine.arg_utils", "entrypoints.common.cli_args", "entrypoints.launchers.cli_args")
+    found: set[str] = set()
+    for module in filter(None, (tree.module(f"vllm.{name}") for name in names)):
+        found |= set(strings(module.parsed))
+        for node in ast.walk(module.parsed):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                found.add("--" + node.target.id.replace("_", "-"))
+    return found
+
+
+@pytest.mark.parametrize("folder", ["attention", "demo"])
+def test_options_that_we_name_or_give(version: str, folder: str) -> None:
     """A remedy that names an option must name one that there is."""
-    module = tree_of(version).module("vllm.engine.arg_utils")
-    assert module is not None
-    known = set(strings(module.parsed))
-    folder = ROOT / "vllm_tailorkv" / "attention"
     named = {
         option
-        for path in folder.glob("*.py")
+        for path in (ROOT / "vllm_tailorkv" / folder).glob("*.py")
+        if path.name != "__main__.py"  # names its own
         for text in strings(ast.parse(path.read_text()))
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", text)
     }
-    assert len(named) > 10
-    assert named - known == set()
+    assert len(named) > 8
+    assert named - options_of(version) == set()
+
+
+def test_arguments_of_engines_that_we_give(version: str) -> None:
+    tree = tree_of(version)
+    given = tree.find("vllm_tailorkv.identify.engine", "OURS")
+    taken = tree.find("vllm.engine.arg_utils", "EngineArgs")
+    assert given is not None
+    assert taken is not None
+    assert isinstance(given.node, ast.AnnAssign)
+    assert isinstance(given.node.value, ast.Dict)
+    names = [ast.literal_eval(key) for key in given.node.value.keys if key is not None]
+    assert len(names) > 5
+    assert [name for name in names if Class(taken).member(name) is None] == []
