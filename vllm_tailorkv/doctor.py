@@ -16,7 +16,7 @@ from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.patches.record import patches_for
 from vllm_tailorkv.patches.seams import VLLM
 
-INSTALL = "see the README, section Using it"
+INSTALL = "see docs/INSTALL.md"
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def test_names_and_targets_are_unique() -> None:
 
 
 def test_the_package_asks_for_what_we_know() -> None:
-    text = (Path(__file__).parents[2] / "setup.py").read_text()
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert f'"vllm{seams.ALL}"' in text
 
 
