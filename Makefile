@@ -25,7 +25,7 @@ CPP_SOURCES = $(shell find csrc tests/support -name '*.cpp' -o -name '*.h' -o -n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test sanitize lint clean
+.PHONY: help install demo test contract sanitize lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,9 @@ demo: install $(if $(MODEL),$(STAMPS)/models) ## questions on a long text, with 
 test: install $(STAMPS)/dev ## run the tests
 	$(if $(TESTS),,$(BIN)/python -m pytest --ignore=tests/integration tests)
 	$(BIN)/python -m pytest $(or $(TESTS),tests/integration)
+
+contract: install $(STAMPS)/dev ## compare with the sources of all vLLM versions we know
+	$(BIN)/python -m pytest tests/contract
 
 sanitize: install $(STAMPS)/dev ## run the C++ ops and the CUDA emulation under sanitizers
 	TAILORKV_EXAMPLES=$(EXAMPLES) $(BIN)/python tests/support/sanitize.py

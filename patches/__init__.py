@@ -1,1 +1,1 @@
-"""The few seams that vLLM 0.32 lacks, each a small guarded record (see `record.py`)."""
+"""The few seams that vLLM lacks, each a small guarded record (see `record.py`)."""

@@ -1,4 +1,4 @@
-"""All patches, in the order in which they are applied."""
+"""All patches of all known vLLMs, in the order in which they are applied."""
 
 from vllm_tailorkv.patches import backend_name, block_count, layers, platform
 from vllm_tailorkv.patches.record import Patch
@@ -9,5 +9,6 @@ PATCHES: tuple[Patch, ...] = (
     platform.CONFIG,
     layers.SPEC,
     layers.BIND,
+    block_count.PATCH_0_32,
     block_count.PATCH,
 )

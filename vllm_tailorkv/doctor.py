@@ -13,7 +13,8 @@ import vllm_tailorkv
 from vllm_tailorkv import envs
 from vllm_tailorkv.config import load_config
 from vllm_tailorkv.errors import TailorKVError
-from vllm_tailorkv.patches.record import VLLM, check_version
+from vllm_tailorkv.patches.record import patches_for
+from vllm_tailorkv.patches.seams import VLLM
 
 INSTALL = "see docs/INSTALL.md"
 
@@ -78,7 +79,7 @@ def _check_options() -> Finding:
     if os.environ.get("VLLM_ATTENTION_BACKEND"):
         return Finding(
             "VLLM_ATTENTION_BACKEND",
-            "is set, but vLLM 0.32 does not read it",
+            "is set, but vLLM does not read it any more",
             "unset it, and give --attention-backend tailorkv",
         )
     defaults = type(config)()
@@ -167,9 +168,13 @@ def _check_patches() -> Iterator[Finding]:
     except ImportError as error:
         yield Finding("patches", f"vLLM cannot be imported: {error}", INSTALL)
         return
-    for patch in PATCHES:
+    try:
+        patches = patches_for(PATCHES, vllm.__version__)
+    except TailorKVError as error:
+        yield Finding("patches", "do not apply", str(error))
+        return
+    for patch in patches:
         try:
-            check_version(vllm.__version__, patch.vllm)
             patch.locate()
         except TailorKVError as error:
             yield Finding(patch.name, "does not apply", str(error))

@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from cache_planning import plan_caches
 from prometheus_client import REGISTRY
 from vllm.config import set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
@@ -148,7 +149,7 @@ def cache(arguments: dict[str, Any]) -> dict[str, Any]:
     # vLLM takes away the handlers of its loggers' children now and then.
     collect, logger = Collect(), logging.getLogger(LOGGER)
     logger.addHandler(collect)
-    configs = core.get_kv_cache_configs(config, workers, memory)
+    configs = plan_caches(config, workers, memory)
     logger.removeHandler(collect)
     sizings = [budget.cache_sizing(worker) for worker in workers]
     return facts(config) | {

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
+from cache_planning import plan_caches, vllms_own
 from rich.console import Console
 from vllm.config import CacheConfig, VllmConfig
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -35,7 +36,8 @@ from vllm_tailorkv.capacity.command import main
 from vllm_tailorkv.capacity.model import count_weights, read_model
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.layout import GIB
-from vllm_tailorkv.patches import block_count
+from vllm_tailorkv.patches.catalog import PATCHES
+from vllm_tailorkv.patches.record import patches_for
 from vllm_tailorkv.plan import Plan, make_plan
 from vllm_tailorkv.profile import ModelShape
 
@@ -105,7 +107,9 @@ def engine_config(plan: Plan | None, max_model_len: int = 1024) -> Any:
     """As much of an engine's configuration as its sizes follow from."""
     config = VllmConfig()
     config.model_config = SimpleNamespace(  # type: ignore[assignment]
-        max_model_len=max_model_len, original_max_model_len=max_model_len
+        max_model_len=max_model_len,
+        original_max_model_len=max_model_len,
+        supports_kv_cache_grouping=False,  # since 0.33
     )
     config.cache_config.kv_cache_layout = "LBHNC"
     # As the engine's core does first.
@@ -128,8 +132,9 @@ def specs_of(worker: Worker, block_size: int, dtype: torch.dtype) -> dict[str, F
 
 def blocks_in_engine(config: Any, specs: Any, memory: int) -> int:
     """The blocks that vLLM allocates, by the call that our patch wraps."""
-    wrapped = block_count.PATCH.wrap(kv_cache_utils.get_kv_cache_configs)
-    return wrapped(config, [specs], [memory])[0].num_blocks
+    patches = patches_for(PATCHES, vllm.__version__)
+    wrapped = next(one for one in patches if one.name == "block-count").wrap(vllms_own())
+    return plan_caches(config, [specs], [memory], wrapped)[0].num_blocks
 
 
 CASES = [
@@ -186,10 +191,10 @@ def test_blocks_of_vllm_are_its_own(dtype: torch.dtype, block_size: int) -> None
     pages = [spec.page_size_bytes for spec in specs.values()]
     assert fit.pool_block == sum(pages)
     assert fit.blocks == fit.cache // sum(pages) == fit.blocks_by_memory
-    needed = kv_cache_utils.max_memory_usage_bytes(config, specs.values())
+    needed = sum(spec.max_memory_usage_bytes(config) for spec in specs.values())
     assert needed == fit.blocks_of_request * fit.pool_block
     # The call of the block-count patch, before it is patched.
-    configs = kv_cache_utils.get_kv_cache_configs(config, [dict(specs)], [fit.cache])
+    configs = plan_caches(config, [dict(specs)], [fit.cache], vllms_own())
     assert configs[0].num_blocks == fit.blocks
 
 
@@ -201,9 +206,9 @@ def test_longest_context_is_what_vllm_accepts(more: int) -> None:
     specs = specs_of(worker, 16, torch.bfloat16)
     if more:
         with pytest.raises(ValueError, match=f"maximum model length is {fit.longest_context}"):
-            kv_cache_utils.get_kv_cache_configs(config, [dict(specs)], [fit.cache])
+            plan_caches(config, [dict(specs)], [fit.cache], vllms_own())
     else:
-        kv_cache_utils.get_kv_cache_configs(config, [dict(specs)], [fit.cache])
+        plan_caches(config, [dict(specs)], [fit.cache], vllms_own())
 
 
 def test_defaults_are_those_of_vllm() -> None:

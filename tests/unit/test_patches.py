@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,11 +18,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_tailorkv import failures, plugin
 from vllm_tailorkv.attention.name import CLASS_PATH, NAME
 from vllm_tailorkv.errors import TailorKVError
-from vllm_tailorkv.patches import block_count, layers
+from vllm_tailorkv.patches import layers, seams
 from vllm_tailorkv.patches.backend_name import backend_member
-from vllm_tailorkv.patches.catalog import PATCHES
-from vllm_tailorkv.patches.record import SUPPORTED_VLLM, Patch, apply_patches, check_version
+from vllm_tailorkv.patches.catalog import PATCHES as RECORDS
+from vllm_tailorkv.patches.record import Patch, apply_patches, check_version, patches_for
 
+PATCHES = patches_for(RECORDS, vllm.__version__)
 BY_NAME = pytest.mark.parametrize("patch", PATCHES, ids=[patch.name for patch in PATCHES])
 MISSING = object()
 
@@ -45,18 +47,30 @@ def unpatch_afterwards() -> Iterator[None]:
             delattr(owner, attribute)
 
 
-@BY_NAME
+@pytest.mark.parametrize("patch", RECORDS, ids=[f"{one.name} {one.vllm}" for one in RECORDS])
 def test_record_is_complete(patch: Patch) -> None:
     for field in ("name", "target", "why", "how", "process", "remove_when", "vllm"):
         assert getattr(patch, field).strip(), field
-    check_version(vllm.__version__, patch.vllm)
     if patch.upstream is not None:
         assert patch.upstream.startswith("https://")
+
+
+@BY_NAME
+def test_a_proposal_would_remove_it(patch: Patch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "UPSTREAM.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{patch.name}` | ["))
+    heading = row.partition("[")[2].partition("]")[0]
+    assert f"\n## {heading}\n" in text
 
 
 def test_names_and_targets_are_unique() -> None:
     assert len({patch.name for patch in PATCHES}) == len(PATCHES)
     assert len({patch.target for patch in PATCHES}) == len(PATCHES)
+
+
+def test_the_package_asks_for_what_we_know() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'"vllm{seams.ALL}"' in text
 
 
 @BY_NAME
@@ -97,7 +111,16 @@ def test_register_is_idempotent() -> None:
     assert AttentionBackendEnum[NAME].get_path() == CLASS_PATH
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.5", "0.32.0.post1"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.1"])
+def test_every_known_version_has_every_patch_once(version: str) -> None:
+    names = [patch.name for patch in patches_for(RECORDS, version)]
+    assert names == list(dict.fromkeys(patch.name for patch in RECORDS))
+
+
+KNOWN = ["0.32.0", "0.32.0+cpu", "0.32.5", "0.32.0.post1", "0.33.0", "0.33.0+cpu", "0.33.1"]
+
+
+@pytest.mark.parametrize("version", KNOWN)
 def test_known_versions(version: str) -> None:
     check_version(version)
 
@@ -105,7 +128,7 @@ def test_known_versions(version: str) -> None:
 @pytest.mark.parametrize(
     "version",
     [
-        *("0.31.9", "0.33.0", "0.33.0.dev1", "1.0.0", "0.4"),
+        *("0.31.9", "0.34.0", "0.33.0.dev1", "1.0.0", "0.4"),
         *("0.32.0rc1", "0.32.1rc2", "0.32.1.dev3+g0123abc"),
         "dev",
     ],
@@ -114,7 +137,7 @@ def test_unknown_version(version: str) -> None:
     """A source tree without metadata calls itself "dev"; pre-releases may have any code."""
     with pytest.raises(TailorKVError) as caught:
         check_version(version)
-    for word in (f"vLLM {version} ", SUPPORTED_VLLM, "vllm==0.32.0", "VLLM_PLUGINS=''"):
+    for word in (f"vLLM {version} ", seams.ALL, "vllm==0.32.0", "VLLM_PLUGINS=''"):
         assert word in str(caught.value)
 
 
@@ -143,6 +166,25 @@ def test_an_unknown_vllm_is_left_alone_until_our_backend_is_selected() -> None:
     assert last.startswith("vllm-tailorkv: error: vLLM 0.40.0 is unknown")
 
 
+NOWHERE = """
+import vllm
+from vllm.config import AttentionConfig
+vllm.__version__ = "0.40.0"
+del AttentionConfig.__dataclass_fields__["backend"]
+from vllm_tailorkv import plugin
+plugin.register()
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+assert "TAILORKV" not in AttentionBackendEnum.__members__
+print("well")
+"""
+
+
+def test_an_unknown_vllm_that_selects_backends_otherwise_does_not_learn_our_name() -> None:
+    """It would serve by another one in silence."""
+    result = run(NOWHERE)
+    assert result.stdout.split()[-1:] == [b"well"], result.stderr.decode()
+
+
 @pytest.fixture
 def house(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A module to be patched: a function, and a class with a method and a class method."""
@@ -167,7 +209,7 @@ def house(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def record(target: str, wrap: Callable[..., Any], version: str = ">=1") -> Patch:
+def record(target: str, wrap: Callable[..., Any], version: str = seams.ALL) -> Patch:
     return Patch(
         name=f"test-{target}",
         target=f"tailorkv_house:{target}",
@@ -187,7 +229,7 @@ def doubled(original: Callable[..., Any]) -> Callable[..., Any]:
 def test_functions_methods_and_class_methods(house: ModuleType) -> None:
     patches = [record(target, doubled) for target in ("greet", "Kitchen.size", "Kitchen.name")]
     for _ in range(2):
-        apply_patches(patches, "1.0")
+        apply_patches(patches, "0.32.0")
         assert house.greet("you") == "hello youhello you"
         assert house.Kitchen().size() == 4
         assert house.Kitchen.name() == house.Kitchen().name() == "KitchenKitchen"
@@ -200,8 +242,8 @@ def test_missing_target_changes_nothing(house: ModuleType, target: str) -> None:
     greet, size = house.greet, house.Room.size
     patches = [record("greet", doubled), record(target, doubled), record("Room.size", doubled)]
     with pytest.raises(TailorKVError) as caught:
-        apply_patches(patches, "1.0")
-    for word in (f"tailorkv_house:{target}", SUPPORTED_VLLM, "VLLM_PLUGINS=''"):
+        apply_patches(patches, "0.32.0")
+    for word in (f"tailorkv_house:{target}", seams.ALL, "VLLM_PLUGINS=''"):
         assert word in str(caught.value)
     assert (house.greet, house.Room.size) == (greet, size)
 
@@ -212,12 +254,22 @@ def test_missing_module() -> None:
         apply_patches([patch], "0.32.0")
 
 
-def test_version_of_one_patch(house: ModuleType) -> None:
-    greet = house.greet
-    patches = [record("greet", doubled), record("Room.size", doubled, version=">=2")]
+def test_versions_of_one_patch(house: ModuleType) -> None:
+    def thrice(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: 3 * original(*args)
+
+    size = house.Room.size
+    patches = [
+        record("greet", doubled, seams.V0_32),
+        record("greet", thrice, seams.V0_33),
+        record("Room.size", doubled, seams.V0_32),
+    ]
     with pytest.raises(TailorKVError, match=r"vLLM 1\.0 is unknown"):
         apply_patches(patches, "1.0")
-    assert house.greet is greet
+    assert house.greet("you") == "hello you"
+    apply_patches(patches, "0.33.0")
+    assert house.greet("a") == "hello ahello ahello a"
+    assert house.Room.size is size
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -256,12 +308,14 @@ def test_layers_of_other_backends_are_left_alone() -> None:
 
 
 def test_caches_of_other_models_are_left_alone() -> None:
-    def original(config: Any, specs: Any, memory: Any) -> Any:
-        return config, specs, memory
+    def original(*args: Any) -> Any:
+        return args
 
-    replacement = block_count.PATCH.wrap(original)
     config = SimpleNamespace(attention_config=SimpleNamespace(backend=None, backend_per_kind={}))
-    assert replacement(config, [{}, {}], [5, 7]) == (config, [{}, {}], [5, 7])
+    for version, more in (("0.32.0", ()), ("0.33.0", ("groups",))):
+        patch = next(one for one in patches_for(RECORDS, version) if one.name == "block-count")
+        given = (config, [{}, {}], [5, 7], *more)
+        assert patch.wrap(original)(*given) == given
 
 
 HOOK = """

@@ -21,8 +21,9 @@ from vllm_tailorkv.kernels.dispatch import OPS, choose
 
 logger = init_logger(LOGGER)
 
-GPU_BLOCK_SIZE = 128
-"""Tokens of a block on a GPU by default: as many as the most that share a scale."""
+BLOCK_SIZE = 128
+"""Tokens of a block by default: as many as the most that share a scale, and vLLM's own choice on
+CPUs, which some versions of it make in the workers only."""
 
 
 def _refuse(problem: str, remedy: str = OTHER_BACKEND) -> None:
@@ -205,9 +206,10 @@ def check_engine(vllm_config: VllmConfig) -> None:
     _check_cache_dtype(cache_dtype, model.dtype)
     plan = carry_plan(vllm_config)
     cache = vllm_config.cache_config
-    if on_gpu and not cache.user_specified_block_size:
-        # As if given: workers would choose anew, with a draft model's backend a smaller one.
-        cache.block_size, cache.user_specified_block_size = GPU_BLOCK_SIZE, True
+    if not cache.user_specified_block_size:
+        # As if given on a GPU: workers would choose anew, with a draft model's backend a smaller
+        # one.
+        cache.block_size, cache.user_specified_block_size = BLOCK_SIZE, on_gpu
     block_size, group_size = cache.block_size, plan.config.group_size
     if block_size % group_size:
         _refuse(
