@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import vllm_tailorkv
 from vllm_tailorkv.config import TailorKVConfig
+from vllm_tailorkv.quiet import quiet
 
 EXAMPLES = """\
 examples:
@@ -98,8 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if parsed.command == "options":
         return _print_options()
-    from vllm_tailorkv import doctor  # noqa: PLC0415
+    from vllm_tailorkv.doctor import command as doctor  # noqa: PLC0415
 
+    quiet()
     return doctor.run()
 
 

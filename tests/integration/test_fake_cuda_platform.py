@@ -333,7 +333,11 @@ def test_xformers_is_not_asked_for_lengths_that_are_not_known(results: dict[str,
 def test_doctor(results: dict[str, Any]) -> None:
     found = results["doctor"]
     assert found["status"] == 0, found["text"]
-    for words in ("no GPU has served yet", "Ops on cuda", "write_kv triton (Triton)", "Ready"):
+    for words in (
+        "GPU 1 NVIDIA H100 80GB HBM3, 80 GiB, compute capability 9.0",
+        "ops on cuda triton (Triton), the fastest available: write_kv",
+        "ready to serve on 2 GPUs (NVIDIA H100 80GB HBM3)",
+    ):
         assert words in found["text"]
 
 
