@@ -299,8 +299,9 @@ def test_the_log_says_what_bounds_the_cache(results: dict[str, Any]) -> None:
     found = results["cache: more pool than memory"]
     assert bound(found) == [
         "TailorKV: 4 GiB of device memory (--gpu-memory-utilization) holds 838,656 tokens and "
-        "bounds the cache; the host pool of 240 GiB (host_pool_gib sets it) would hold 1,965,952: "
-        "to have more, raise --gpu-memory-utilization."
+        "bounds the cache; the host pool of 240 GiB (60% of the memory available to a worker; "
+        "host_pool_gib sets it) would hold 1,965,952: to have more, raise "
+        "--gpu-memory-utilization."
     ]
     [line] = bound(results["cache: given memory"])
     assert line.endswith("raise --kv-cache-memory-bytes.")

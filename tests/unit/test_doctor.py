@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from vllm.platforms import current_platform
 from vllm.platforms.interface import PlatformEnum
 
-from vllm_tailorkv.cache import huge_pages
+from vllm_tailorkv.cache import huge_pages, memory
 from vllm_tailorkv.doctor import command, installed, machine, serving
 from vllm_tailorkv.kernels import dispatch
 from vllm_tailorkv.kernels.dispatch import forget
@@ -106,7 +107,7 @@ def test_environment(
 
 
 def test_little_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(machine, "available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 30)
     status, _, last = report(capsys)
     assert status == 1
     assert last == "not ready: free memory: vLLM alone takes more than 2 GiB"
@@ -188,6 +189,26 @@ def test_all_of_them_at_once(
     assert status == 1
     assert last.startswith("not ready: ")
     assert text.count("the disk is gone") >= 5
+
+
+@pytest.mark.parametrize("missing", ["torch", "vllm", "psutil", "vllm_tailorkv._cpu"])
+def test_what_is_not_installed(missing: str) -> None:
+    """In a process of its own, where nothing was imported before."""
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+from vllm_tailorkv.doctor import command
+sys.exit(command.run())
+"""
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    assert result.stdout.splitlines()[-1].startswith("not ready: ")
+    assert missing in result.stdout
 
 
 class Card:

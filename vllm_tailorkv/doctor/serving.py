@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from vllm_tailorkv import envs
-from vllm_tailorkv.cache.memory import available_memory
 from vllm_tailorkv.doctor.finding import INSTALL, Finding
 from vllm_tailorkv.doctor.machine import cores, isa
 from vllm_tailorkv.errors import TailorKVError
@@ -120,4 +119,6 @@ def served_on() -> str:
         count = current_platform.device_count()
         name = current_platform.get_device_name(0)
         return f"{count} GPU{'s' if count > 1 else ''} ({name})"
+    from vllm_tailorkv.cache.memory import available_memory  # noqa: PLC0415
+
     return f"CPU ({isa()}, {cores()} cores, {available_memory() / GIB:.1f} GiB available)"
