@@ -5,6 +5,9 @@ import re
 from vllm_tailorkv.demo.server import VllmServer
 
 
+VLLMS = ("non-default args", "Initializing a", "Registered new attention backend")
+
+
 def our_lines(server: VllmServer) -> list[str]:
     """Lines that name us, without times and processes."""
     lines = server.log.read_text().splitlines()
@@ -14,8 +17,8 @@ def our_lines(server: VllmServer) -> list[str]:
 def assert_brief(server: VllmServer) -> None:
     """What is to be known stands there once, in a few lines."""
     lines = our_lines(server)
-    # vLLM's own, in which our options stand.
-    lines = [line for line in lines if not line.startswith(("non-default args", "Initializing a"))]
+    # vLLM's own, which our name or options stand in.
+    lines = [line for line in lines if not line.startswith(VLLMS)]
     assert len(lines) <= 6, lines
     assert len(set(lines)) == len(lines), lines
     for words in ("dense layers", "attended in full", "host tier:", "one request may have"):
