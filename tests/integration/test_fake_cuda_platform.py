@@ -73,7 +73,11 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
         "little memory",
         "engine",
         {"model": "llama-8b", "ram": 10 * GIB},
-        ["the host pool of 6 GiB (host_pool_gib sets it) holds", "give at least 16 GiB"],
+        [
+            "the host pool of 6 GiB (60% of the memory available to a worker; host_pool_gib sets "
+            "it) holds",
+            "give at least 16 GiB",
+        ],
     ),
     (
         "a pool beyond the memory",
