@@ -1,5 +1,7 @@
 """Build of vllm_tailorkv: the package, its C++ ops for CPUs and its CUDA op.
 
+What the distribution is called, says of itself and needs: pyproject.toml.
+
 torch and vLLM come from the environment (their wheels differ by platform), so install with
 `pip install --no-build-isolation .` where torch is installed.
 
@@ -21,7 +23,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from setuptools import Extension, find_namespace_packages, setup
+from setuptools import Extension, find_namespace_packages, find_packages, setup
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -31,7 +33,6 @@ except ImportError as error:
         "`pip install --no-build-isolation .`"
     ) from error
 
-ROOT = Path(__file__).parent
 TOP_LEVEL = ("kernels", "patches")
 """Packages whose folders stand beside `vllm_tailorkv/` (which has symlinks to them)."""
 
@@ -76,21 +77,14 @@ CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 NVCC_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 
 
-def version() -> str:
-    """The package's version, read without importing it."""
-    text = (ROOT / "vllm_tailorkv" / "__init__.py").read_text()
-    match = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
-    if match is None:
-        raise SystemExit("vllm_tailorkv/__init__.py holds no __version__")
-    return match[1]
-
-
 def packages() -> list[str]:
-    """Every package once; the symlinked ones by their names in `vllm_tailorkv`."""
+    """Every package once, whether the symlinks are there, as in a clone, or not, as in an sdist."""
     # Not find_packages: `data` holds JSON files only.
-    inner = find_namespace_packages(include=["vllm_tailorkv*"], exclude=["*.__pycache__*"])
-    outer = [f"vllm_tailorkv.{name}" for name in TOP_LEVEL if (ROOT / name).is_dir()]
-    return sorted({*inner, *outer})
+    found = find_namespace_packages(include=["vllm_tailorkv*"], exclude=["*.__pycache__*"])
+    for name in TOP_LEVEL:
+        found += [f"vllm_tailorkv.{name}"]
+        found += [f"vllm_tailorkv.{name}.{inner}" for inner in find_packages(where=name)]
+    return sorted(set(found))
 
 
 def find_nvcc() -> Path | None:
@@ -241,30 +235,9 @@ cpu_extension = CppExtension(
 cuda_ops = None if sanitize() else cuda_extension()
 
 setup(
-    name="vllm_tailorkv",
-    version=version(),
-    description="TailorKV for vLLM: a tailored KV cache for long contexts",
     packages=packages(),
     package_dir={f"vllm_tailorkv.{name}": name for name in TOP_LEVEL},
-    package_data={"vllm_tailorkv.data": ["*.json"]},
-    python_requires=">=3.11",
-    install_requires=[
-        "httpx",
-        "matplotlib",
-        "openai",
-        "packaging",
-        "prometheus-client",
-        "psutil",
-        "pydantic",
-        "rich",
-        "safetensors",
-        "tokenizers",
-    ],
-    extras_require={"vllm": ["vllm>=0.32,<0.33"], "test": ["pytest", "hypothesis"]},
-    entry_points={
-        "console_scripts": ["vllm-tailorkv = vllm_tailorkv.cli:main"],
-        "vllm.general_plugins": ["tailorkv = vllm_tailorkv.plugin:register"],
-    },
+    package_data={"vllm_tailorkv": ["py.typed"], "vllm_tailorkv.data": ["*.json"]},
     ext_modules=[ext for ext in (cpu_extension, cuda_ops) if ext is not None],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -49,6 +49,13 @@ def _print_options() -> int:
     return 0
 
 
+def _print_markdown() -> int:
+    from vllm_tailorkv import options_page  # noqa: PLC0415
+
+    print(options_page.markdown(), end="")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -67,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=vllm_tailorkv.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="say what is installed, what will run and what is missing")
-    commands.add_parser("options", help="list every option with its default and meaning")
+    options = commands.add_parser("options", help="list every option with its default and meaning")
+    options.add_argument("--markdown", action="store_true", help="as the page docs/OPTIONS.md")
     commands.add_parser(
         "identify", help="find the dense layers of a model (see identify --help)", add_help=False
     )
@@ -98,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if parsed.command == "options":
-        return _print_options()
+        return _print_markdown() if parsed.markdown else _print_options()
     from vllm_tailorkv.doctor import command as doctor  # noqa: PLC0415
 
     quiet()

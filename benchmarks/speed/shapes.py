@@ -31,6 +31,7 @@ SHAPES = {
     "llama-3.1-8b": Shape(32, 8, 128),
     "llama-3.2-1b": Shape(32, 8, 64),
     "qwen2.5-7b": Shape(28, 4, 128),
+    "qwen2.5-0.5b": Shape(14, 2, 64),
     "mha-7b": Shape(32, 32, 128),
 }
 

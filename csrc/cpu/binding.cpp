@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -457,15 +458,24 @@ void retrieve(const Contract& contract, const Retrieval& call, Scored& scored, c
   }
 }
 
-// Whether threads have enough to do if none shares a row and KV head with another: the longest is
-// at most a quarter of a thread's part.
+// Whether threads end at about the same time if none shares a row and KV head with another, each
+// taking the next one as it is done: the last to end works at most a quarter longer than all would
+// if work could be cut anywhere. Waiting for each other after every step costs as much.
 bool is_even(const Decode& decode) {
+  const int64_t threads = omp_get_max_threads(), heads = decode.shape.kv_heads;
   int64_t total = 0, longest = 0;
   for (int32_t row = 0; row < decode.rows; ++row) {
-    total += decode.seq_lens[row];
+    total += heads * decode.seq_lens[row];
     longest = std::max<int64_t>(longest, decode.seq_lens[row]);
   }
-  return 4 * omp_get_max_threads() * longest <= total * decode.shape.kv_heads;
+  if (4 * threads * longest <= total) return true;
+  // With so many, one row is far longer than the others.
+  if (decode.rows * heads > 8 * threads) return false;
+  std::vector<int64_t> work(static_cast<size_t>(threads));
+  for (int64_t pair = 0; pair < decode.rows * heads; ++pair) {
+    *std::min_element(work.begin(), work.end()) += decode.seq_lens[pair / heads];
+  }
+  return 4 * threads * *std::max_element(work.begin(), work.end()) <= 5 * total;
 }
 
 template <bool Run>

@@ -17,7 +17,7 @@ PACKAGE = vllm_tailorkv.__name__
 ROOT = Path(vllm_tailorkv.__file__).parent
 
 ORDER = [
-    {"plugin", "cli", "doctor", "demo", "identify", "capacity", "top"},
+    {"plugin", "cli", "doctor", "demo", "identify", "capacity", "options_page", "top"},
     {"patches"},
     {"attention"},
     {"cache"},

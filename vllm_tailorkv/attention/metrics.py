@@ -1,4 +1,4 @@
-"""The metrics of workers and engine cores by name. The README lists them."""
+"""The metrics of workers and engine cores by name. docs/METRICS.md lists them."""
 
 from vllm_tailorkv.attention.meters import Metric
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-INSTALL = "see the README, section Using it"
+INSTALL = "see docs/INSTALL.md"
 
 
 @dataclass(frozen=True)

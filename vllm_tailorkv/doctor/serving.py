@@ -19,7 +19,7 @@ def check_platform() -> Finding:
     if current_platform.is_cpu():
         return Finding("vLLM serves on", "cpu")
     if current_platform.is_cuda():
-        return Finding("vLLM serves on", "cuda; what has run there, the README's NVIDIA GPUs tell")
+        return Finding("vLLM serves on", "cuda; docs/GPU.md tells what has run there")
     return Finding(
         "vLLM serves on",
         f"{current_platform.device_name or 'no device'}, where tailorkv cannot serve",

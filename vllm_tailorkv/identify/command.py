@@ -1,6 +1,7 @@
 """The command `vllm-tailorkv identify`."""
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -254,6 +255,8 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     path = output_path(options.model, options.output)
     if options.plot is not None:
         _require_writable("--plot", options.plot)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise TailorKVError("--plot needs matplotlib; pip install matplotlib, or leave it out")
     profile = _measure(options, console)
     replaced = " (the one before is replaced)" if path.exists() else ""
     write_profile(path, profile)
