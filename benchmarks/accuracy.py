@@ -31,6 +31,8 @@ from typing import Any
 
 # Read when vLLM and OpenMP are loaded. Spinning threads would keep others from the cores.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Of vLLM's processes, where libraries warn of each other.
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from accuracy.deadline import Deadline, OutOfTime

@@ -22,6 +22,7 @@ def _bounded(
     """
     from vllm_tailorkv.attention import budget, limits, report  # noqa: PLC0415
     from vllm_tailorkv.attention.carried import plan_of  # noqa: PLC0415
+    from vllm_tailorkv.cache.sizing import together  # noqa: PLC0415
 
     sizings = [budget.cache_sizing(specs) for specs in kv_cache_specs]
     if not any(sizings):
@@ -35,10 +36,13 @@ def _bounded(
     configs = planned(memory)
     found = zip(sizings, available_memory, strict=True)
     report.tell_bound(vllm_config, plan, [(one, free) for one, free in found if one])
+    ours = []
     for sizing, config in zip(sizings, configs, strict=True):
         if sizing is not None:
             limits.require_pool_blocks(plan, sizing, config.num_blocks)
-            report.tell_sizes(vllm_config, sizing, config.num_blocks)
+            ours.append(sizing)
+    # All workers have as many blocks.
+    report.tell_sizes(vllm_config, together(ours), configs[0].num_blocks)
     return configs
 
 

@@ -26,9 +26,9 @@ def _wrap_backend(original: Callable[..., Any]) -> Callable[..., Any]:
 
             check_layer(attn_selector_config)
             if not attn_selector_config.has_sliding_window:
-                logger.info_once("Using %s backend.", NAME)
+                # The plan is told by the first process, and which layers it leaves to vLLM.
+                logger.debug_once("Using %s backend.", NAME)
                 return CLASS_PATH
-            logger.info_once("TailorKV leaves sliding-window layers to vLLM's own backend.")
             selected_backend = None
         backend: str = original(cls, selected_backend, attn_selector_config, num_heads)
         return backend

@@ -19,6 +19,7 @@ from vllm_tailorkv.demo import __main__ as demo
 from vllm_tailorkv.demo import report
 from vllm_tailorkv.demo.checkpoint import read_checkpoint
 from vllm_tailorkv.demo.client import Measurement, Reply, measure_chat
+from vllm_tailorkv.demo.phase import Phase
 from vllm_tailorkv.demo.questions import (
     LongText,
     PlacedQuestion,
@@ -151,8 +152,13 @@ class FakeVllm(VllmServer):
                 self.send_header("Content-Type", kind)
                 self.end_headers()
                 if request.get("stream"):
-                    for _ in range(request["max_tokens"]):
-                        self.event(json.dumps({"choices": [{"index": 0, "delta": {}}]}))
+                    # What is timed is as long as it may be; of an answer each word is a token.
+                    words = content.split(" ")
+                    if request.get("ignore_eos"):
+                        words = words[:1] * request["max_tokens"]
+                    for number, word in enumerate(words):
+                        delta = {"content": " " * bool(number) + word}
+                        self.event(json.dumps({"choices": [{"index": 0, "delta": delta}]}))
                     self.event("[DONE]")
                 else:
                     message = {"role": "assistant", "content": content}
@@ -215,6 +221,65 @@ def test_questions_go_through_the_chat_endpoint(
     assert [request["max_tokens"] for request in asked] == [20, 20, 50]
     assert all(request["temperature"] == 0 for request in server.requests)
     assert measurement.seconds_per_token > 0
+
+
+def test_answers_are_shown_as_they_come(
+    fake_vllm: Callable[[Callable[[str], str]], FakeVllm],
+) -> None:
+    server = fake_vllm(lambda message: "It is 1234." if "gate?" in message else "I see 78.")
+    shown: list[tuple[str, str, bool]] = []
+
+    def on_answer(title: str, text: str, tokens_a_second: float | None) -> None:
+        shown.append((title, text, tokens_a_second is not None))
+
+    streamed = measure_chat(server, SHORT, 20, 50, lambda _: None, on_answer)
+    assert shown[:4] == [
+        ("gate", "It", False),
+        ("gate", "It is", False),
+        ("gate", "It is 1234.", False),
+        ("gate", "It is 1234.", True),
+    ]
+    assert [title for title, _, done in shown if done] == ["gate", "lamp", "free"]
+    asked = [request for request in server.requests if "ignore_eos" not in request]
+    assert [request["max_tokens"] for request in asked] == [1, 20, 20, 50]
+    as_a_whole = measure_chat(server, SHORT, 20, 50, lambda _: None)
+    assert streamed.answers == as_a_whole.answers
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_only_who_watches_sees_answers_come(
+    terminal: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fake_vllm: Callable[[Callable[[str], str]], FakeVllm],
+) -> None:
+    server = fake_vllm(lambda message: "It is 1234.")
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=terminal, width=120)
+
+    def measured(
+        options: object,
+        console: Console,
+        served: object,
+        backend: str | None,
+        ask: Callable[[VllmServer, Phase], Measurement[Reply]],
+    ) -> tuple[Measurement[Reply], None, Path]:
+        log = tmp_path / str(backend)
+        log.touch()
+        with Phase(console, f"Asking {backend}") as phase:
+            return ask(server, phase), None, log
+
+    monkeypatch.setattr(demo, "_serve_and_measure", measured)
+    monkeypatch.setattr(demo, "build_text", lambda *_: SHORT)
+    options = demo._parse(["--model", os.fspath(chat_model(tmp_path / "model"))])
+    assert demo._run(options, console) == demo.ALL_RIGHT
+    answers = [request for request in server.requests if "ignore_eos" not in request]
+    assert [bool(request.get("stream")) for request in answers] == [
+        False,
+        *([terminal] * len(PLACED)),
+    ] * 2
+    lines = [line for line in written.getvalue().splitlines() if "tokens/s)" in line]
+    assert len(lines) == (2 * len(PLACED) if terminal else 0)
 
 
 def test_a_failed_request_is_the_servers_error(

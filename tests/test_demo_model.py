@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from vllm_tailorkv.demo import model as demo_model
 from vllm_tailorkv.demo.text import Haystack, build_haystack, make_needles
+from vllm_tailorkv.errors import TailorKVError
 
 NUM_TOKENS = 2048
 NEEDLES = 8
@@ -158,5 +159,5 @@ def test_haystack_is_the_same_for_the_same_seed(directory: Path) -> None:
 
 def test_haystack_too_short_for_its_needles(directory: Path) -> None:
     tokenizer = demo_model.load_tokenizer(directory)
-    with pytest.raises(ValueError, match="8 needles do not fit into 100 tokens"):
+    with pytest.raises(TailorKVError, match="8 needles do not fit into 100 tokens"):
         build_haystack(tokenizer, 100, make_needles(8, seed=0), seed=0)

@@ -1,11 +1,14 @@
 """The demo's server is watched and stopped, whatever its state."""
 
 import os
+import pty
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,7 +157,7 @@ def test_dtype_and_further_arguments(tmp_path: Path) -> None:
     options = ServerOptions(
         model=tmp_path, log=tmp_path / "log", max_model_len=1, cache_gib=1, dtype="float32"
     )
-    command = demo_server._command(replace(options, arguments=("--max-num-seqs", "3")), 1)
+    command = demo_server._command(replace(options, arguments=("--max-num-seqs", "3")), 1, "it")
     assert "--dtype float32" in " ".join(command)
     assert " ".join(command).endswith("--max-num-seqs 3")
 
@@ -190,24 +193,194 @@ def test_stop_ends_children_and_a_server_that_ignores_sigterm(
         time.sleep(0.05)
 
 
-def test_sigterm_to_the_demo_stops_the_server(tmp_path: Path) -> None:
+def demo_program(folder: Path) -> list[str]:
+    """A demo whose server is a script that starts another one, as vLLM does."""
     program = f"""
 import sys
 from vllm_tailorkv.demo import __main__ as demo, server
-script = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+child = "import time; time.sleep(60)"
+script = f"import os, subprocess, sys, time; child = [sys.executable, '-c', {{child!r}}];"
+script += "print(os.getpid(), subprocess.Popen(child).pid, flush=True); time.sleep(60)"
 server._command = lambda *_: [sys.executable, "-c", script]
-sys.exit(demo.main(["--tokens", "1024", "--needles", "1", "--cache-dir", {str(tmp_path)!r}]))
+sys.exit(demo.main(["--tokens", "1024", "--needles", "1", "--cache-dir", {str(folder)!r}]))
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL) as process:
-        log = tmp_path / "logs" / f"tailorkv-{process.pid}.log"
-        deadline = time.monotonic() + 60
-        while not log.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        server_pid = int(wait_for_lines(log, 1)[0])
+    return [sys.executable, "-c", program]
+
+
+def servers_of(folder: Path, demo_pid: int) -> list[int]:
+    """The processes that it has started."""
+    log = folder / "logs" / f"tailorkv-{demo_pid}.log"
+    deadline = time.monotonic() + 60
+    while not log.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return [int(pid) for pid in wait_for_lines(log, 2)]
+
+
+def assert_ended(pids: list[int]) -> None:
+    deadline = time.monotonic() + 5
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_the_demo_stops_the_server(tmp_path: Path, number: signal.Signals) -> None:
+    with subprocess.Popen(demo_program(tmp_path), stdout=subprocess.DEVNULL) as process:
+        pids = servers_of(tmp_path, process.pid)
+        assert all(map(is_running, pids))
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+    assert_ended(pids)
+
+
+def test_a_closed_terminal_stops_the_server(tmp_path: Path) -> None:
+    terminal, inside = pty.openpty()
+    # In a session of its own, the terminal is the one that it is controlled by.
+    process = subprocess.Popen(
+        [sys.executable, "-c", CONTROLLED, *demo_program(tmp_path)],
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+    )
+    os.close(inside)
+    pids = servers_of(tmp_path, process.pid)
+    os.close(terminal)
+    assert process.wait(30) != 0
+    assert_ended(pids)
+
+
+CONTROLLED = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_nohup_is_respected(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        ["nohup", *demo_program(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        pids = servers_of(tmp_path, process.pid)
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
         process.terminate()
         assert process.wait(30) == 128 + 15
-    assert not is_running(server_pid)
+    assert_ended(pids)
+
+
+WEB_SERVER = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        models = {{"data": [{{"id": name}} for name in {names!r}]}}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(models).encode())
+HTTPServer(("127.0.0.1", {port}), Handler).serve_forever()
+"""
+
+
+def web_server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: Callable[[str], list[str]]
+) -> VllmServer:
+    """A server that answers everything, `/v1/models` with names that it makes of its own."""
+    server = fake_server(monkeypatch, tmp_path, "")
+    script = WEB_SERVER.format(names=names(server._name), port=server.port)
+    monkeypatch.setattr(demo_server, "_command", lambda *_: [sys.executable, "-c", script])
+    return server
+
+
+def test_the_server_is_known_by_its_name_behind_a_proxy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with web_server(monkeypatch, tmp_path, lambda name: [demo_server.MODEL_NAME, name]) as server:
+        server.wait_until_healthy(lambda _: None, timeout=20)
+
+
+def test_another_server_at_the_port_is_not_taken_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another demo's, for instance, which serves a model of the same name."""
+    server = web_server(monkeypatch, tmp_path, lambda name: [demo_server.MODEL_NAME, "demo-other"])
+    waits = []
+
+    def on_wait(news: str) -> None:
+        if server._get("/health") is not None:
+            waits.append(news)
+
+    with pytest.raises(ServerError, match="not ready"), server:
+        server.wait_until_healthy(on_wait, timeout=3)
+    assert waits, "it did answer"
+
+
+def test_the_port_of_another_program_ends_in_its_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        server = fake_server(monkeypatch, tmp_path, "")
+        script = WEB_SERVER.format(names=[server._name], port=taken.getsockname()[1])
+        monkeypatch.setattr(demo_server, "_command", lambda *_: [sys.executable, "-c", script])
+        with pytest.raises(ServerError, match="exit status 1") as caught, server:
+            server.wait_until_healthy(lambda _: None, timeout=20)
+    assert caught.value.log_lines == ("OSError: [Errno 98] Address already in use",)
+
+
+def test_two_servers_have_two_names(tmp_path: Path) -> None:
+    options = ServerOptions(model=tmp_path, log=tmp_path / "log", max_model_len=1, cache_gib=1)
+    one, other = VllmServer(options), VllmServer(options)
+    assert one._name != other._name
+    command = demo_server._command(options, 1, one._name)
+    named = command[command.index("--served-model-name") + 1 :]
+    assert named[:2] == [demo_server.MODEL_NAME, one._name]
+
+
+def test_keys_of_the_users_other_servers_are_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    options = ServerOptions(model=tmp_path, log=tmp_path / "log", max_model_len=1, cache_gib=1)
+    assert "VLLM_API_KEY" not in demo_server._environment(options)
+
+
+def test_without_vllm_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo_server, "find_script", lambda name: None)
+    arguments = ["--tokens", "1024", "--needles", "1", "--cache-dir", os.fspath(tmp_path)]
+    assert demo.main(arguments) == demo.FAILED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("demo: the command vllm is neither beside this Python")
+
+
+def test_a_mistake_of_the_programs_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def mistaken(*_: object) -> None:
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr(demo, "build_haystack", mistaken)
+    with pytest.raises(ValueError, match="a mistake"):
+        demo.main(["--tokens", "1024", "--cache-dir", os.fspath(tmp_path)])
+
+
+def test_what_the_system_refuses_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["--tokens", "1024", "--cache-dir", os.fspath(tmp_path / "file")]
+    assert demo.main(arguments) == demo.FAILED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("demo: [Errno ")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import vllm_tailorkv
 from vllm_tailorkv.config import TailorKVConfig
+from vllm_tailorkv.quiet import quiet
 
 EXAMPLES = """\
 examples:
@@ -17,6 +18,8 @@ examples:
       measure which layers are dense; the profile goes beside the model
   vllm-tailorkv plan ./my-model --device-gib 24 --host-gib 64
       what fits on a GPU, or with --cpu on a server without one
+  vllm-tailorkv top http://localhost:8000
+      watch a server: requests, tokens, bytes of each tier, waits, quality
   vllm-tailorkv demo --tokens 32768
       hide needles in a long real text and ask for them through a server
 
@@ -81,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="say what fits into a machine's memory (see plan --help)",
         add_help=False,
     )
+    commands.add_parser("top", help="watch a server (see top --help)", add_help=False)
     commands.add_parser("demo", help="run the demo (see demo --help)", add_help=False)
     parsed, rest = parser.parse_known_args(arguments)
     if parsed.command == "demo":
@@ -95,12 +99,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from vllm_tailorkv.capacity import command as plan  # noqa: PLC0415
 
         return plan.main(rest)
+    if parsed.command == "top":
+        from vllm_tailorkv.top import command as top  # noqa: PLC0415
+
+        return top.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if parsed.command == "options":
         return _print_markdown() if parsed.markdown else _print_options()
-    from vllm_tailorkv import doctor  # noqa: PLC0415
+    from vllm_tailorkv.doctor import command as doctor  # noqa: PLC0415
 
+    quiet()
     return doctor.run()
 
 

@@ -73,7 +73,11 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
         "little memory",
         "engine",
         {"model": "llama-8b", "ram": 10 * GIB},
-        ["the host pool of 6 GiB (host_pool_gib sets it) holds", "give at least 16 GiB"],
+        [
+            "the host pool of 6 GiB (60% of the memory available to a worker; host_pool_gib sets "
+            "it) holds",
+            "give at least 16 GiB",
+        ],
     ),
     (
         "a pool beyond the memory",
@@ -299,8 +303,9 @@ def test_the_log_says_what_bounds_the_cache(results: dict[str, Any]) -> None:
     found = results["cache: more pool than memory"]
     assert bound(found) == [
         "TailorKV: 4 GiB of device memory (--gpu-memory-utilization) holds 838,656 tokens and "
-        "bounds the cache; the host pool of 240 GiB (host_pool_gib sets it) would hold 1,965,952: "
-        "to have more, raise --gpu-memory-utilization."
+        "bounds the cache; the host pool of 240 GiB (60% of the memory available to a worker; "
+        "host_pool_gib sets it) would hold 1,965,952: to have more, raise "
+        "--gpu-memory-utilization."
     ]
     [line] = bound(results["cache: given memory"])
     assert line.endswith("raise --kv-cache-memory-bytes.")
@@ -333,7 +338,11 @@ def test_xformers_is_not_asked_for_lengths_that_are_not_known(results: dict[str,
 def test_doctor(results: dict[str, Any]) -> None:
     found = results["doctor"]
     assert found["status"] == 0, found["text"]
-    for words in ("no GPU has served yet", "Ops on cuda", "write_kv triton (Triton)", "Ready"):
+    for words in (
+        "GPU 1 NVIDIA H100 80GB HBM3, 80 GiB, compute capability 9.0",
+        "ops on cuda triton (Triton), the fastest available: write_kv",
+        "ready to serve on 2 GPUs (NVIDIA H100 80GB HBM3)",
+    ):
         assert words in found["text"]
 
 

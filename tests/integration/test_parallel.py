@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from engines import LONG_OPTIONS, engine, greedy, random_prompts
+from server_log import assert_brief
 
 from vllm_tailorkv.demo.server import MODEL_NAME, ServerOptions, VllmServer
 
@@ -103,6 +104,7 @@ def test_data_parallel_with_two_api_servers(
     plan = server.plan()
     assert plan is not None
     assert plan.dense_layers == LONG_OPTIONS["onebit"]["profile"]["dense_layers"]
+    assert_brief(server)
 
 
 def test_pipeline_parallel(serve: Callable[..., VllmServer], expected: list[list[int]]) -> None:
@@ -114,3 +116,4 @@ def test_pipeline_parallel(serve: Callable[..., VllmServer], expected: list[list
         server = serve("--pipeline-parallel-size", "2", "--compilation-config", compilation)
     assert answers(server) == expected
     assert decode_rows(httpx.get(f"{server.url}/metrics").text) == EVERY_ROW
+    assert_brief(server)

@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from server_log import assert_brief
 
 from vllm_tailorkv.demo.server import ServerOptions, VllmServer
 
@@ -70,6 +71,10 @@ def test_completion(server: VllmServer) -> None:
         model="demo", prompt=text + "alpha beta gamma delta epsilon zeta", max_tokens=4
     )
     assert reply.choices[0].text.strip().startswith("eta")
+
+
+def test_the_log_says_in_a_few_lines_what_is_to_be_known(server: VllmServer) -> None:
+    assert_brief(server)
 
 
 def test_the_metrics_tell_the_plan(server: VllmServer) -> None:

@@ -37,12 +37,12 @@ from vllm.v1.attention.backends.utils import record_kv_cache_layout
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_tailorkv import doctor
 from vllm_tailorkv.attention import budget, carried, limits, support, varlen
 from vllm_tailorkv.attention.builder import TailorKVMetadataBuilder
 from vllm_tailorkv.attention.name import LOGGER
 from vllm_tailorkv.attention.report import METRIC
 from vllm_tailorkv.attention.spec import layer_spec
+from vllm_tailorkv.doctor import command as doctor
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.kernels import dispatch
 

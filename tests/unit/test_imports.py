@@ -17,7 +17,7 @@ PACKAGE = vllm_tailorkv.__name__
 ROOT = Path(vllm_tailorkv.__file__).parent
 
 ORDER = [
-    {"plugin", "cli", "doctor", "demo", "identify", "capacity", "options_page"},
+    {"plugin", "cli", "doctor", "demo", "identify", "capacity", "options_page", "top"},
     {"patches"},
     {"attention"},
     {"cache"},
@@ -27,14 +27,26 @@ ORDER = [
     {"config"},
     {"layout"},
     {"envs"},
-    {"arguments", "failures", "files"},
+    {"arguments", "failures", "files", "quiet", "scripts"},
     {"errors"},
 ]
 """Rooms from the top; one imports from its own and from lower ones."""
 
 MAY_IMPORT_VLLM = {"plugin", "cli", "doctor", "identify", "capacity", "patches", "attention"}
 WITHOUT_TORCH = [
-    *("arguments", "config", "envs", "errors", "failures", "files", "layout", "plan", "profile")
+    *(
+        "arguments",
+        "config",
+        "envs",
+        "errors",
+        "failures",
+        "files",
+        "layout",
+        "plan",
+        "profile",
+        "quiet",
+        "scripts",
+    )
 ]
 
 RANKS = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -1,5 +1,6 @@
 """The bytes of a cache, counted, are those that its tensors take."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm_tailorkv.attention.budget import cache_sizing
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.cache.host_pool import allocate_host_pool
-from vllm_tailorkv.cache.sizing import GIB, CacheSizing, size_cache
+from vllm_tailorkv.cache.sizing import GIB, CacheSizing, size_cache, together
 from vllm_tailorkv.cache.views import derived_pages, host_pages
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.layout import DerivedKind, KeyLayout, PageLayout
@@ -199,6 +200,18 @@ def test_description() -> None:
         "derived tier: 1,048,576 bytes a token (12.5% of K and V), 1.12 GiB in all",
         "9 blocks of 128 tokens: 1,024 tokens; one request may have 1,024",
     ]
+
+
+def test_workers_share_blocks_and_have_bytes_of_their_own() -> None:
+    first = sizing_of(full_bytes=128, host_bytes=256, derived_bytes=64, other_bytes=32)
+    second = replace(first, dense_layers=(7,), sparse_layers=(8, 9), derived_bytes=128)
+    all_of_them = together([first, second])
+    assert all_of_them.dense_layers == (*first.dense_layers, 7)
+    assert all_of_them.sparse_layers == (*first.sparse_layers, 8, 9)
+    assert (all_of_them.full_bytes, all_of_them.host_bytes) == (256, 512)
+    assert (all_of_them.derived_bytes, all_of_them.other_bytes) == (192, 64)
+    assert all_of_them.block_size == first.block_size
+    assert together([first]) == first
 
 
 def test_description_of_split_pages_and_other_layers() -> None:

@@ -114,7 +114,9 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         layout, dtype = self.spec.layout, self.spec.dtype
         raw = kv_cache.flatten(1).view(torch.uint8)
         if raw.device.type == "cpu" and (reason := advise_huge_pages(raw)):
-            logger.info_once("TailorKV: vLLM's cache keeps small pages: %s.", reason)
+            logger.info_once(
+                "TailorKV: vLLM's cache keeps small pages: %s.", reason, scope="global"
+            )
         self._keep_hot(raw.device)
         pool = None
         if self.spec.split:

@@ -9,7 +9,7 @@ from vllm_tailorkv.attention.name import OTHER_BACKEND
 from vllm_tailorkv.cache.sizing import CacheSizing
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.layout import GIB
-from vllm_tailorkv.plan import Plan
+from vllm_tailorkv.plan import HOST_SHARE, Plan
 
 
 def require_room(
@@ -43,7 +43,10 @@ def pool_name(plan: Plan) -> str:
     """The host pool, by the option that sets it."""
     if plan.config.host_pool_gib is not None:
         return f"host_pool_gib={plan.config.host_pool_gib:g}"
-    return f"the host pool of {(plan.host_pool or 0) / GIB:.3g} GiB (host_pool_gib sets it)"
+    return (
+        f"the host pool of {(plan.host_pool or 0) / GIB:.3g} GiB ({HOST_SHARE:.0%} of the memory "
+        "available to a worker; host_pool_gib sets it)"
+    )
 
 
 def require_pool_room(vllm_config: VllmConfig, plan: Plan, sizing: CacheSizing) -> None:

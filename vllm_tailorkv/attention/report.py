@@ -1,5 +1,11 @@
-"""What the user is told of the plan: lines of the start-up log, and a metric that programs read."""
+"""What the user is told of the plan: lines of the start-up log, and a metric that programs read.
 
+Each line is told once, however many processes serve: by the one that makes the plan, and by the
+first engine.
+"""
+
+import hashlib
+import multiprocessing
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -9,12 +15,11 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_tailorkv.attention.limits import pool_name
-from vllm_tailorkv.attention.memory import memory_nodes
 from vllm_tailorkv.attention.meters import publish
 from vllm_tailorkv.attention.name import LOGGER
 from vllm_tailorkv.cache.sizing import CacheSizing
 from vllm_tailorkv.layout import GIB
-from vllm_tailorkv.plan import HOST_SHARE, Plan
+from vllm_tailorkv.plan import Plan
 
 logger = init_logger(LOGGER)
 
@@ -23,6 +28,9 @@ METRIC = "tailorkv_plan_info"
 
 Of several engines made in one process it tells the last one's.
 """
+
+_TOLD = "_TAILORKV_TOLD"
+"""The variable that says what was told to the processes that this one starts."""
 
 _LABELS = (
     "dense_layers",
@@ -59,6 +67,16 @@ def _listed(layers: tuple[int, ...]) -> str:
     return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs) or "none"
 
 
+def _is_told(lines: Sequence[str]) -> bool:
+    """Whether a process that has started this one has said the same; notes that it is said."""
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    # Another program that was started from this one's shell or script speaks for itself.
+    if multiprocessing.parent_process() is not None and os.environ.get(_TOLD) == digest:
+        return True
+    os.environ[_TOLD] = digest
+    return False
+
+
 def tell_plan(plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int]) -> None:
     """Log the plan, set the metric, and make room for those of other processes.
 
@@ -69,36 +87,7 @@ def tell_plan(plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int]) -
     config, layers = plan.config, plan.layers
     dense = tuple(layer for layer in layers.dense if layer not in windowed)
     sparse = tuple(layer for layer in layers.sparse if layer not in windowed)
-    others = f"; left to vLLM: {_listed(tuple(windowed))}" if windowed else ""
-    logger.info_once(
-        "TailorKV: dense layers (quantized to %d bit): %s; sparse layers: %s%s; from %s.",
-        config.bits,
-        _listed(dense),
-        _listed(sparse),
-        others,
-        layers.source,
-    )
-    if ignored := sorted(set(layers.dense) - set(dense)):
-        logger.warning_once(
-            "TailorKV: the profile calls layers %s dense, which have a sliding window and are left "
-            "to vLLM.",
-            ", ".join(map(str, ignored)),
-        )
-    logger.info_once(
-        "TailorKV: contexts up to %s tokens are attended in full; beyond, a sparse layer reads %s "
-        "tokens a step, found by index %s.",
-        f"{config.exact_below:,}",
-        f"{config.budget_tokens:,}",
-        config.index,
-    )
-    if plan.on_gpu and config.host_pool_gib is None and plan.host_pool:
-        logger.info_once(
-            "TailorKV: each worker's host pool takes %.3g GiB, %.0f%% of its share of what is "
-            "available on memory nodes %s; host_pool_gib sets it.",
-            plan.host_pool / GIB,
-            100 * HOST_SHARE,
-            ", ".join(map(str, memory_nodes())),
-        )
+    _log_plan(plan, dense, sparse, windowed)
     tokens = sizing.block_size if sizing else 1
     values: dict[str, object] = {
         "dense_layers": ",".join(map(str, dense)),
@@ -123,21 +112,64 @@ def tell_plan(plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int]) -
     publish()
 
 
+def _log_plan(
+    plan: Plan, dense: tuple[int, ...], sparse: tuple[int, ...], windowed: Sequence[int]
+) -> None:
+    config, layers, name = plan.config, plan.layers, plan.model.name
+    others = f"; left to vLLM: {_listed(tuple(windowed))}" if windowed else ""
+    lines = [
+        f"TailorKV: dense layers (quantized to {config.bits} bit): {_listed(dense)}; sparse "
+        f"layers: {_listed(sparse)}{others}; from {layers.source}.",
+        f"TailorKV: contexts up to {config.exact_below:,} tokens are attended in full; beyond, a "
+        f"sparse layer reads {config.budget_tokens:,} tokens a step, found by index "
+        f"{config.index}.",
+    ]
+    warnings = []
+    if ignored := tuple(sorted(set(layers.dense) - set(dense))):
+        warnings.append(
+            f"TailorKV: the profile calls layers {', '.join(map(str, ignored))} dense, which have "
+            "a sliding window and are left to vLLM."
+        )
+    if layers.is_fallback:
+        warnings.append(
+            f"TailorKV: no profile is known for {name}, so all its layers are sparse. Where some "
+            "spread their attention over very many tokens, a profile keeps more of it: "
+            f"vllm-tailorkv identify {name}"
+        )
+    if _is_told(lines + warnings):
+        return
+    for line in lines:
+        logger.info_once("%s", line)
+    for line in warnings:
+        logger.warning_once("%s", line)
+
+
 def tell_sizes(vllm_config: VllmConfig, sizing: CacheSizing, num_blocks: int) -> None:
-    """Log what the cache holds."""
-    for line in sizing.describe(num_blocks, vllm_config.model_config.max_model_len):
-        logger.info("TailorKV %s.", line)
+    """Log what the cache holds; of several data parallel engines, which are alike, the first does.
+
+    Args:
+        sizing: of all workers of the engine together.
+    """
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_index:
+        return
+    workers = f", {parallel.world_size} workers together," if parallel.world_size > 1 else ""
+    *tiers, blocks = sizing.describe(num_blocks, vllm_config.model_config.max_model_len)
+    for line in ("; ".join(tiers), blocks):
+        logger.info("TailorKV%s %s.", workers, line)
 
 
 def tell_bound(
     vllm_config: VllmConfig, plan: Plan, workers: Sequence[tuple[CacheSizing, int]]
 ) -> None:
-    """Log which of a GPU's two budgets bounds the cache, and the option that raises it.
+    """Log which of a GPU's two budgets bounds the cache, and the option that raises it; once.
 
     Args:
         workers: what a block takes in each worker, and the bytes that vLLM found for its cache.
     """
     cache, pool = vllm_config.cache_config, plan.host_pool
+    if vllm_config.parallel_config.data_parallel_index:
+        return
     if not plan.on_gpu or pool is None or cache.num_gpu_blocks_override is not None:
         return
     # All workers get as many blocks as the one that has room for the fewest.

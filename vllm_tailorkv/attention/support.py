@@ -226,11 +226,3 @@ def check_engine(vllm_config: VllmConfig) -> None:
         # Pages of different sizes fit vLLM's CPU layout in one group only.
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
     tell_plan(plan, sizing, windowed)
-    if plan.layers.is_fallback:
-        logger.warning_once(
-            "TailorKV: no profile is known for %s, so all its layers are sparse. Where some "
-            "spread their attention over very many tokens, a profile keeps more of it: "
-            "vllm-tailorkv identify %s",
-            model.model,
-            model.model,
-        )

@@ -208,7 +208,9 @@ def choose_varlen(asked: Asked) -> Varlen:
         reason = varlen.obstacle(asked)
         if reason is None:
             why = f" ({'; '.join(reasons)})" if reasons else ""
-            logger.info_once("TailorKV: prompts are attended by %s%s.", varlen.name, why)
+            logger.info_once(
+                "TailorKV: prompts are attended by %s%s.", varlen.name, why, scope="global"
+            )
             return varlen
         reasons.append(f"{varlen.name}: {reason}")
     raise AssertionError("the last one serves every layer")

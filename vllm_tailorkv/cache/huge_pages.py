@@ -28,6 +28,20 @@ def prepare_huge_pages() -> None:
     os.environ.setdefault(_TORCH_SWITCH, "1")
 
 
+def obstacle() -> str | None:
+    """Why no memory of this machine comes in huge pages, or None."""
+    if sys.platform != "linux":
+        return f"{sys.platform} has no transparent huge pages"
+    try:
+        int(_SIZE_FILE.read_text())
+    except (OSError, ValueError):
+        return "the kernel has no transparent huge pages"
+    # The kernel accepts advice that it will not follow.
+    if "[never]" in _mode():
+        return f"{_MODE_FILE} says never"
+    return None
+
+
 def advise_huge_pages(tensor: torch.Tensor) -> str | None:
     """Ask the kernel to map a tensor's memory with huge pages, what is in use already included.
 
@@ -41,14 +55,11 @@ def advise_huge_pages(tensor: torch.Tensor) -> str | None:
     Returns:
         Why small pages are kept, or None.
     """
-    if sys.platform != "linux":
-        return f"{sys.platform} has no transparent huge pages"
     if tensor.device.type != "cpu":
         return "the memory is a device's"
-    try:
-        size = int(_SIZE_FILE.read_text())
-    except (OSError, ValueError):
-        return "the kernel has no transparent huge pages"
+    if (why := obstacle()) is not None:
+        return why
+    size = int(_SIZE_FILE.read_text())
     span = 0
     if tensor.numel():
         steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -70,9 +81,6 @@ def _mode() -> str:
 
 def _advise(begin: int, length: int) -> str | None:
     """The same for whole huge pages: an address and bytes."""
-    # The kernel accepts advice that it will not follow.
-    if "[never]" in _mode():
-        return f"{_MODE_FILE} says never"
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     if madvise(begin, length, _MADV_HUGEPAGE):

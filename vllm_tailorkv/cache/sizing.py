@@ -1,7 +1,7 @@
 """How many bytes each tier takes, counted from the layouts. Pure arithmetic."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from vllm_tailorkv.layout import GIB, DerivedKind, PageLayout
 
@@ -75,6 +75,29 @@ class CacheSizing:
             f"{min(tokens, max_model_len):,}"
         )
         return lines
+
+
+def together(workers: Sequence[CacheSizing]) -> CacheSizing:
+    """What the cache of an engine's workers takes, of which there is at least one.
+
+    A block is a block of each of them. Its heads are those of the first.
+    """
+
+    def total(name: str) -> int:
+        return sum(getattr(worker, name) for worker in workers)
+
+    def layers(name: str) -> tuple[int, ...]:
+        return tuple(sorted({layer for worker in workers for layer in getattr(worker, name)}))
+
+    return replace(
+        workers[0],
+        dense_layers=layers("dense_layers"),
+        sparse_layers=layers("sparse_layers"),
+        full_bytes=total("full_bytes"),
+        host_bytes=total("host_bytes"),
+        derived_bytes=total("derived_bytes"),
+        other_bytes=total("other_bytes"),
+    )
 
 
 def size_cache(layouts: Mapping[int, PageLayout], other_bytes: int, *, split: bool) -> CacheSizing:

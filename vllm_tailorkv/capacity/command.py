@@ -2,11 +2,8 @@
 
 import argparse
 import json
-import logging
 import math
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,6 +15,7 @@ from vllm_tailorkv.config import load_config
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.layout import GIB
 from vllm_tailorkv.plan import Plan, make_plan
+from vllm_tailorkv.quiet import quiet
 
 if TYPE_CHECKING:
     from vllm_tailorkv.capacity.arithmetic import Fit, Worker
@@ -283,11 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 after a line on what is wrong, or 130 if it was interrupted.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # Some of vLLM is imported before it sets its log up; the hub's client tells every retry.
-    for library in ("vllm", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    quiet()
     try:
         _run(_parser().parse_args(arguments), Console())
     except TailorKVError as error:

@@ -1,24 +1,22 @@
-"""`python -m vllm_tailorkv.demo`: facts hidden in a long text, found with 192 tokens a step."""
+"""`python -m vllm_tailorkv.demo`: facts hidden in a long text, with tailorkv and without."""
 
 import argparse
-import contextlib
 import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from vllm_tailorkv.arguments import json_object
 from vllm_tailorkv.demo import model, report
 from vllm_tailorkv.demo.checkpoint import Checkpoint, read_checkpoint
-from vllm_tailorkv.demo.client import AnswerT, Measurement, OnWait, measure, measure_chat
+from vllm_tailorkv.demo.client import AnswerT, Measurement, measure, measure_chat
+from vllm_tailorkv.demo.phase import Phase
 from vllm_tailorkv.demo.questions import build_text
 from vllm_tailorkv.demo.server import (
     ServerError,
@@ -28,6 +26,7 @@ from vllm_tailorkv.demo.server import (
     cache_gib_for,
 )
 from vllm_tailorkv.demo.text import build_haystack, make_needles
+from vllm_tailorkv.errors import TailorKVError
 
 ALL_RIGHT, SOME_WRONG, FAILED = 0, 1, 2
 
@@ -41,8 +40,6 @@ _ANSWER_TOKENS, _CHAT_ANSWER_TOKENS = 12, 48
 _FREE_TOKENS = 96
 # Of a chat model's context, if that is less than _DEFAULT_TOKENS would need.
 _DEFAULT_SHARE = 0.75
-_PLAIN_UPDATE_SECONDS = 15.0
-_NEWS_CHARS = 100
 
 _EXAMPLES = """\
 examples:
@@ -62,20 +59,27 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo; returns its exit status."""
     options = _parse(arguments)
     console = Console()
-    # As an exception a SIGTERM unwinds the stack, and the servers are stopped on the way.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    _stop_servers_on_signals()
     try:
         return _run(options, console)
     except ServerError as error:
         print(f"demo: {error}; its log is {error.log}", file=sys.stderr)
         for line in error.log_lines:
             print(f"  {line}", file=sys.stderr)
-    except (MemoryError, OSError, ValueError) as error:
+    except (TailorKVError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("demo: interrupted, servers stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     return FAILED
+
+
+def _stop_servers_on_signals() -> None:
+    """As an exception a signal unwinds the stack, and the servers are stopped on the way."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # What `nohup` has begun goes on when the terminal is closed.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -135,7 +139,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.model is not None:
         try:
             options.checkpoint = read_checkpoint(options.model)
-        except ValueError as error:
+        except TailorKVError as error:
             parser.error(f"--model: {error}")
         context = options.checkpoint.context
         options.slack += _FREE_TOKENS
@@ -167,9 +171,9 @@ class _Served:
 def _run(options: argparse.Namespace, console: Console) -> int:
     if options.checkpoint is not None:
         return _run_chat(options, console, options.checkpoint)
-    with _phase(console, "Building the model and the text") as on_wait:
+    with Phase(console, "Building the model and the text") as phase:
         directory = model.load_or_build_demo_model(options.cache_dir, _SEED)
-        on_wait(str(directory))
+        phase.news(str(directory))
         haystack = build_haystack(
             model.load_tokenizer(directory),
             options.tokens,
@@ -182,7 +186,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         options,
         console,
         served,
-        lambda server, on_wait: measure(server, haystack, options.max_tokens, on_wait),
+        lambda server, phase: measure(server, haystack, options.max_tokens, phase.news),
         lambda ours, theirs, plan: report.print_report(console, haystack, plan, ours, theirs),
     )
     _write_json(options.json, report.as_json(haystack, plan, tailorkv, reference))
@@ -190,7 +194,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
 
 def _run_chat(options: argparse.Namespace, console: Console, checkpoint: Checkpoint) -> int:
-    with _phase(console, "Building the text"):
+    with Phase(console, "Building the text"):
         text = build_text(
             checkpoint.load_tokenizer(),
             options.tokens,
@@ -208,14 +212,19 @@ def _run_chat(options: argparse.Namespace, console: Console, checkpoint: Checkpo
         options,
         console,
         served,
-        lambda server, on_wait: measure_chat(
-            server, text, options.max_tokens, _FREE_TOKENS, on_wait
+        lambda server, phase: measure_chat(
+            server,
+            text,
+            options.max_tokens,
+            _FREE_TOKENS,
+            phase.news,
+            phase.answer if console.is_terminal else None,
         ),
         lambda ours, theirs, plan: report.print_chat_report(console, text, plan, ours, theirs),
     )
     _write_json(options.json, report.chat_as_json(text, plan, tailorkv, reference))
     if not any(reply.is_right for reply in reference.answers):
-        raise ValueError(
+        raise TailorKVError(
             "this model answers nothing right with vLLM's own backend, so nothing can be said of "
             "tailorkv; lower --tokens or name another model"
         )
@@ -231,7 +240,7 @@ def _serve_both(
     options: argparse.Namespace,
     console: Console,
     served: _Served,
-    ask: Callable[[VllmServer, OnWait], Measurement[AnswerT]],
+    ask: Callable[[VllmServer, Phase], Measurement[AnswerT]],
     show: Callable[[Measurement[AnswerT], Measurement[AnswerT], TailorKVPlan | None], None],
 ) -> tuple[Measurement[AnswerT], Measurement[AnswerT], TailorKVPlan | None]:
     """Ask with tailorkv and with vLLM's own backend, and show both; logs go after a success."""
@@ -251,7 +260,7 @@ def _serve_and_measure(
     console: Console,
     served: _Served,
     backend: str | None,
-    ask: Callable[[VllmServer, OnWait], Measurement[AnswerT]],
+    ask: Callable[[VllmServer, Phase], Measurement[AnswerT]],
 ) -> tuple[Measurement[AnswerT], TailorKVPlan | None, Path]:
     """One server from start to stop: what was measured, its plan and its log."""
     name = backend or "vLLM's own backend"
@@ -270,37 +279,14 @@ def _serve_and_measure(
         )
     )
     with server:
-        with _phase(console, f"Starting vLLM with {name}") as on_wait:
-            server.wait_until_healthy(on_wait, _START_TIMEOUT_SECONDS)
-        with _phase(console, f"Reading the text and answering with {name}") as on_wait:
-            measurement = ask(server, on_wait)
+        with Phase(console, f"Starting vLLM with {name}") as phase:
+            server.wait_until_healthy(phase.news, _START_TIMEOUT_SECONDS)
+        with Phase(console, f"Reading the text and answering with {name}") as phase:
+            measurement = ask(server, phase)
         plan = server.plan()
-        with _phase(console, f"Stopping vLLM with {name}"):
+        with Phase(console, f"Stopping vLLM with {name}"):
             server.stop()
     return measurement, plan, server.log
-
-
-@contextlib.contextmanager
-def _phase(console: Console, title: str) -> Iterator[OnWait]:
-    """Show `title`, the seconds that go by and the newest news, until the block ends."""
-    start = time.monotonic()
-    printed = start
-
-    def line(news: str) -> str:
-        return f"{title}, {time.monotonic() - start:.0f} s: {escape(news[:_NEWS_CHARS])}"
-
-    with console.status(title) as status:
-
-        def on_wait(news: str) -> None:
-            nonlocal printed
-            status.update(line(news))
-            # Where nothing can be redrawn, in a log for instance, a line now and then.
-            if not console.is_terminal and time.monotonic() - printed > _PLAIN_UPDATE_SECONDS:
-                printed = time.monotonic()
-                console.print(line(news), highlight=False, soft_wrap=True)
-
-        yield on_wait
-    console.print(f"{title}: {time.monotonic() - start:.1f} s", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

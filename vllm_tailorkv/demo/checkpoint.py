@@ -7,6 +7,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from vllm_tailorkv.errors import TailorKVError
+
 _BYTES_PER_VALUE = 2
 
 
@@ -35,14 +37,14 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     """What lies in `directory`.
 
     Raises:
-        ValueError: it is no chat model that the demo can ask; the message says what is missing.
+        TailorKVError: it is no chat model that the demo can ask; the message says what is missing.
     """
     config = _read_json(directory / "config.json")
     config = config.get("text_config", config)
     if not (directory / "tokenizer.json").is_file():
-        raise ValueError(f"{directory} has no tokenizer.json, with which the demo counts tokens")
+        raise TailorKVError(f"{directory} has no tokenizer.json, with which the demo counts tokens")
     if not _has_chat_template(directory):
-        raise ValueError(f"{directory} has no chat template; name a chat model")
+        raise TailorKVError(f"{directory} has no chat template; name a chat model")
     try:
         heads = config["num_attention_heads"]
         head_size = config.get("head_dim") or config["hidden_size"] // heads
@@ -50,7 +52,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         values = 2 * config["num_hidden_layers"] * kv_heads * head_size
         context = config["max_position_embeddings"]
     except KeyError as error:
-        raise ValueError(f"{directory / 'config.json'} does not tell {error}") from None
+        raise TailorKVError(f"{directory / 'config.json'} does not tell {error}") from None
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     return Checkpoint(directory, context, values * _BYTES_PER_VALUE, weights)
 
@@ -66,7 +68,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; name the folder of a checkpoint") from None
+        raise TailorKVError(f"{path} is missing; name the folder of a checkpoint") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise TailorKVError(f"{path} is no JSON: {error}") from None
     return content

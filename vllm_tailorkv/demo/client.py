@@ -24,6 +24,10 @@ _TIMED_STREAMS = 5
 OnWait = Callable[[str], None]
 """Called every second or so of a wait, with what there is to say."""
 
+OnAnswer = Callable[[str, str, float | None], None]
+"""Called with every piece of an answer: the question's title, the answer so far and, once it is
+complete, its tokens a second."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -71,6 +75,10 @@ class _Asker(Protocol):
 
     def complete(self, prompt: str, max_tokens: int) -> str: ...
 
+    def answer(self, title: str, prompt: str, max_tokens: int) -> str:
+        """The same, shown while it comes where somebody watches."""
+        ...
+
     def stream(self, prompt: str, num_tokens: int) -> Iterable[object]:
         """Events while exactly `num_tokens` tokens arrive; the first with the first of them."""
         ...
@@ -97,7 +105,12 @@ def measure(
 
 
 def measure_chat(
-    server: VllmServer, text: LongText, max_tokens: int, free_tokens: int, on_wait: OnWait
+    server: VllmServer,
+    text: LongText,
+    max_tokens: int,
+    free_tokens: int,
+    on_wait: OnWait,
+    on_answer: OnAnswer | None = None,
 ) -> Measurement[Reply]:
     """Ask `server` every question on `text` through its chat endpoint.
 
@@ -107,6 +120,7 @@ def measure_chat(
         max_tokens: longest reply to a question with a right answer.
         free_tokens: longest reply to any other.
         on_wait: called now and then.
+        on_answer: called as answers come; None to have each as a whole.
 
     Raises:
         ServerError: the server died, or a request failed.
@@ -120,7 +134,8 @@ def measure_chat(
         for placed in text.questions
     ]
     with _client(server) as client:
-        texts, *times = _measure(_Chat(client), server, text.text, text.num_tokens, asked, on_wait)
+        asker = _Chat(client, on_answer)
+        texts, *times = _measure(asker, server, text.text, text.num_tokens, asked, on_wait)
     return Measurement(tuple(map(Reply, text.questions, texts)), *times)
 
 
@@ -132,6 +147,8 @@ def _client(server: VllmServer) -> Iterator[openai.OpenAI]:
         api_key="none",
         timeout=_REQUEST_TIMEOUT_SECONDS,
         max_retries=0,
+        # No proxy knows of a port of this machine's own.
+        http_client=openai.DefaultHttpxClient(trust_env=False),
     )
     try:
         yield client
@@ -163,7 +180,7 @@ def _measure(
     answers = []
     for number, (title, prompt, max_tokens) in enumerate(asked, 1):
         on_wait(f"question {number} of {len(asked)}: {title}")
-        answers.append(asker.complete(prompt, max_tokens))
+        answers.append(asker.answer(title, prompt, max_tokens))
 
     seconds = []
     for number in range(1, _TIMED_STREAMS + 1):
@@ -191,6 +208,9 @@ class _Completions:
         )
         return response.choices[0].text
 
+    def answer(self, title: str, prompt: str, max_tokens: int) -> str:
+        return self.complete(prompt, max_tokens)
+
     def stream(self, prompt: str, num_tokens: int) -> Iterable[object]:
         return self.client.completions.create(
             model=MODEL_NAME,
@@ -207,6 +227,7 @@ class _Chat:
     """The prompt is a user's message, in the model's own chat template."""
 
     client: openai.OpenAI
+    on_answer: OnAnswer | None
 
     def complete(self, prompt: str, max_tokens: int) -> str:
         response = self.client.chat.completions.create(
@@ -216,6 +237,24 @@ class _Chat:
             temperature=0.0,
         )
         return response.choices[0].message.content or ""
+
+    def answer(self, title: str, prompt: str, max_tokens: int) -> str:
+        if self.on_answer is None:
+            return self.complete(prompt, max_tokens)
+        text, times = "", []
+        for event in self.client.chat.completions.create(
+            model=MODEL_NAME,
+            messages=[{"role": "user", "content": prompt}],
+            max_tokens=max_tokens,
+            temperature=0.0,
+            stream=True,
+        ):
+            times.append(time.monotonic())
+            text += event.choices[0].delta.content or ""
+            self.on_answer(title, text, None)
+        seconds = times[-1] - times[0] if times else 0.0
+        self.on_answer(title, text, (len(times) - 1) / seconds if seconds else 0.0)
+        return text
 
     def stream(self, prompt: str, num_tokens: int) -> Iterable[object]:
         return self.client.chat.completions.create(

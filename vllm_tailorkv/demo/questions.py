@@ -189,7 +189,7 @@ def build_text(tokenizer: Tokenizer, num_tokens: int, num_needles: int, seed: in
     `num_tokens` tokens: lines are counted one by one, and a tokenizer may join their ends.
 
     Raises:
-        ValueError: the needles do not fit, or this machine has too little text.
+        TailorKVError: the needles do not fit, or this machine has too little text.
     """
     questions = make_questions(num_needles, seed)
     room = num_tokens * _PASSAGES_SHARE

@@ -7,8 +7,8 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,9 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 from pydantic import BaseModel, ValidationError, field_validator
+
+from vllm_tailorkv.errors import TailorKVError
+from vllm_tailorkv.scripts import find_script
 
 MODEL_NAME = "demo"
 HOST = "127.0.0.1"
@@ -118,13 +121,13 @@ def cache_gib_for(num_tokens: int, bytes_per_token: float, weight_bytes: int = 0
         weight_bytes: of a model that is larger than the demo's own.
 
     Raises:
-        MemoryError: if this machine does not have it.
+        TailorKVError: if this machine does not have it.
     """
     gib = max(1, -(-int(2 * num_tokens * bytes_per_token) // _GIB))
     available = _available_bytes()
     process = _PROCESS_BYTES + weight_bytes
     if gib * _GIB + process > available:
-        raise MemoryError(
+        raise TailorKVError(
             f"{num_tokens} tokens need {gib} GiB of KV cache and {process / _GIB:.0f} GiB for "
             f"vLLM; {available / _GIB:.1f} GiB are available"
         )
@@ -141,6 +144,8 @@ class VllmServer:
     def __init__(self, options: ServerOptions) -> None:
         self._options = options
         self._port = options.port or _free_port()
+        # A second name of the model, which no other server has.
+        self._name = f"{MODEL_NAME}-{uuid.uuid4().hex}"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -180,7 +185,7 @@ class VllmServer:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
-                _command(self._options, self._port),
+                _command(self._options, self._port, self._name),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -204,21 +209,35 @@ class VllmServer:
     def wait_until_healthy(self, on_wait: Callable[[str], None], timeout: float) -> None:
         """Return when the server answers. `on_wait` gets the newest log line, twice a second.
 
+        It must name what was started: another program may have taken the port meanwhile.
+
         Raises:
             ServerError: the server ended, or took longer than `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         while True:
             self.check_alive()
-            try:
-                if httpx.get(f"{self.url}/health", timeout=2.0).is_success:
-                    return
-            except httpx.TransportError:
-                pass
+            if self._is_the_one():
+                return
             if time.monotonic() > deadline:
                 raise self.error(f"vLLM was not ready after {timeout:.0f} s")
             on_wait(self.last_log_line())
             time.sleep(_POLL_SECONDS)
+
+    def _is_the_one(self) -> bool:
+        """Whether what answers at the port is the server that was started, and healthy."""
+        health = self._get("/health")
+        if health is None or not health.is_success:
+            return False
+        models = self._get("/v1/models")
+        return models is not None and f'"{self._name}"' in models.text
+
+    def _get(self, path: str) -> httpx.Response | None:
+        """What it answers, if it does; no proxy is asked for a port of this machine's own."""
+        try:
+            return httpx.get(f"{self.url}{path}", timeout=2.0, trust_env=False)
+        except httpx.TransportError:
+            return None
 
     def check_alive(self) -> None:
         """Raises ServerError if the server has ended."""
@@ -248,11 +267,8 @@ class VllmServer:
 
     def _metric(self, name: str) -> Sample | None:
         """The first sample of a metric, or None if the server does not tell it."""
-        try:
-            response = httpx.get(f"{self.url}/metrics", timeout=2.0)
-        except httpx.TransportError:
-            return None
-        if not response.is_success:
+        response = self._get("/metrics")
+        if response is None or not response.is_success:
             return None
         families = text_string_to_metric_families(response.text)
         samples = (sample for family in families for sample in family.samples)
@@ -289,11 +305,17 @@ class VllmServer:
         return [line for line in lines if line and not line.startswith("nanobind:")]
 
 
-def _command(options: ServerOptions, port: int) -> list[str]:
+def _command(options: ServerOptions, port: int, name: str) -> list[str]:
+    vllm = find_script("vllm")
+    if vllm is None:
+        raise TailorKVError(
+            "the command vllm is neither beside this Python nor on the PATH; vllm-tailorkv doctor "
+            "says what is missing"
+        )
     command = [
-        str(Path(sys.executable).parent / "vllm"),
+        vllm,
         *("serve", str(options.model)),
-        *("--served-model-name", MODEL_NAME),
+        *("--served-model-name", MODEL_NAME, name),
         *("--host", HOST, "--port", str(port)),
         *("--dtype", options.dtype),
         *("--max-model-len", str(options.max_model_len)),
@@ -317,6 +339,8 @@ def _environment(options: ServerOptions) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    # It would ask clients for a key that they do not have.
+    environment.pop("VLLM_API_KEY", None)
     if len(os.sched_getaffinity(0)) <= _FEW_CORES:
         # vLLM would leave one to its API server. Of two, that is half: prefill of 16k tokens took
         # 24 s, with both 13 s, and decoding the same.

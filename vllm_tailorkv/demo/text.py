@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from vllm_tailorkv.errors import TailorKVError
+
 END_OF_TEXT = "<|endoftext|>"
 
 _SYSTEM_LICENCES = Path("/usr/share/common-licenses")
@@ -108,7 +110,7 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(_documents_up_to(_TRAINING_CHARS), trainer)
     if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(
+        raise TailorKVError(
             f"this machine's text yields {tokenizer.get_vocab_size()} tokens, not {vocab_size}"
         )
     return tokenizer
@@ -120,7 +122,7 @@ def build_haystack(
     """Real text with `needles` spread evenly from near its start to near its end.
 
     The result has at most `num_tokens` tokens, and less than a line fewer. `seed` chooses the
-    order of the source files. Raises ValueError if the needles take more than half of
+    order of the source files. Raises TailorKVError if the needles take more than half of
     `num_tokens`, or if this machine has too little text.
     """
     text, used, offsets = hide(tokenizer, num_tokens, [needle.sentence for needle in needles], seed)
@@ -148,12 +150,12 @@ def hide(
         line fewer; for every sentence the index of its first token.
 
     Raises:
-        ValueError: the sentences take more than half, or this machine has too little text.
+        TailorKVError: the sentences take more than half, or this machine has too little text.
     """
     sentence_tokens = [len(tokenizer.encode(sentence).ids) for sentence in sentences]
     budget = num_tokens - sum(sentence_tokens)
     if budget < num_tokens // 2:
-        raise ValueError(f"{len(sentences)} needles do not fit into {num_tokens} tokens")
+        raise TailorKVError(f"{len(sentences)} needles do not fit into {num_tokens} tokens")
     spread = (_LAST_DEPTH - _FIRST_DEPTH) / max(len(sentences) - 1, 1)
 
     pieces: list[str] = []
@@ -177,7 +179,7 @@ def hide(
         pieces.append(line)
         used += line_tokens
     else:
-        raise ValueError(f"this machine has only {used} tokens of text, not {num_tokens}")
+        raise TailorKVError(f"this machine has only {used} tokens of text, not {num_tokens}")
     while pending:
         place_next()
     return "".join(pieces), used, offsets

@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +21,7 @@ from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.identify.prompt import build_prompt
 from vllm_tailorkv.identify.report import print_scores
 from vllm_tailorkv.profile import NEIGHBOUR, Profile, base_name, load_profile, write_profile
+from vllm_tailorkv.quiet import quiet
 
 _INTERRUPTED = 130
 EXAMPLES = """\
@@ -290,10 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     if not options.verbose:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        # Of libraries, in this process and in vLLM's.
-        os.environ.setdefault("PYTHONWARNINGS", "ignore")
-        warnings.simplefilter("ignore")
+        quiet()
     try:
         _run(options, Console())
     except TailorKVError as error:

@@ -1,0 +1,1 @@
+"""`vllm-tailorkv doctor`: what is installed, what will run and why, what is missing."""

@@ -1,0 +1,1 @@
+"""`vllm-tailorkv top`: a server's metrics as a live screen."""
