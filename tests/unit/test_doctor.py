@@ -234,7 +234,6 @@ def test_gpus(
     status: int,
 ) -> None:
     answers: dict[str, Callable[..., object]] = {
-        "device_count": lambda: 2,
         "get_device_name": lambda number=0: "NVIDIA Something",
         "get_device_total_memory": lambda number=0: 80 << 30,
         "get_device_capability": lambda number=0: Card(capability),
@@ -243,6 +242,7 @@ def test_gpus(
     for name, answer in answers.items():
         monkeypatch.setattr(platform, name, staticmethod(answer), raising=False)
     monkeypatch.setattr(platform, "_enum", PlatformEnum.CUDA)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(dispatch, "unavailable", lambda name: None)
     dispatch._choose.cache_clear()
     found, text, last = report(capsys)

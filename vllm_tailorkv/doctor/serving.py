@@ -30,11 +30,12 @@ def check_platform() -> Finding:
 
 def check_gpus() -> Iterator[Finding]:
     """Each GPU that vLLM sees."""
+    import torch  # noqa: PLC0415
     from vllm.platforms import current_platform  # noqa: PLC0415
 
     if not current_platform.is_cuda():
         return
-    count = current_platform.device_count()
+    count = torch.cuda.device_count()
     if not count:
         yield Finding("GPUs", "none that vLLM sees", "see nvidia-smi and CUDA_VISIBLE_DEVICES")
     for number in range(count):
@@ -118,10 +119,11 @@ def check_patches() -> Iterator[Finding]:
 
 def served_on() -> str:
     """What a server runs on, in a few words."""
+    import torch  # noqa: PLC0415
     from vllm.platforms import current_platform  # noqa: PLC0415
 
     if current_platform.is_cuda():
-        count = current_platform.device_count()
+        count = torch.cuda.device_count()
         name = current_platform.get_device_name(0)
         return f"{count} GPU{'s' if count > 1 else ''} ({name})"
     from vllm_tailorkv.cache.memory import available_memory  # noqa: PLC0415
