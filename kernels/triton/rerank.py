@@ -33,8 +33,8 @@ def largest(values, there, count):
     `there`. NaN counts as larger than all, or as smaller where it is negative.
     """
     bits = tl.where(values == 0.0, 0.0, values).to(tl.uint32, bitcast=True)
-    # Unsigned keys that order as the values do, above 0, the key of what is not there. (Triton 3.8's
-    # interpreter knows no `~` of them.)
+    # Unsigned keys that order as the values do, above 0, the key of what is not there.
+    # (Triton 3.8's interpreter knows no `~` of them.)
     keys = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     keys = tl.where(there, keys, 0)
     threshold = tl.full([], 0, tl.uint32)
