@@ -11,7 +11,7 @@ LENGTHS = [1, 70, 129, 1000, 400]
 
 
 def tolerance(implementation, kind):
-    """Of the largest magnitude of all rows; looser where sums come from tables of bytes, or
+    """Of the largest magnitude of all rows; looser where queries are rounded to bytes, or sums come
     from products with two bf16 parts of the query."""
     if kind is DerivedKind.CHANNELS:
         return 1e-5
