@@ -29,6 +29,7 @@ CASES = [
     (torch.float16, KeyLayout.TOKEN_MAJOR, 2, 3, 96, 128, 128),
     (torch.float32, KeyLayout.CHANNEL_MAJOR, 1, 8, 256, 128, 128),
     (torch.float32, KeyLayout.CHANNEL_MAJOR, 1, 2, 72, 128, 32),
+    (torch.bfloat16, KeyLayout.TOKEN_MAJOR, 1, 33, 64, 128, 64),
 ]
 
 
