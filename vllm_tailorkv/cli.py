@@ -72,9 +72,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=vllm_tailorkv.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("doctor", help="say what is installed, what will run and what is missing")
+    commands.add_parser(
+        "doctor",
+        help="say what is installed, what will run and what is missing",
+        description="Say what is installed, what will run and why, and what is missing. Exit "
+        "status: 0 if tailorkv can serve, else 1.",
+    )
     options = commands.add_parser(
-        "options", help="list every option with its default, values and meaning"
+        "options",
+        help="list every option with its default, values and meaning",
+        description="List every option with its default, values and meaning, and the environment "
+        "variables.",
     )
     options.add_argument("--markdown", action="store_true", help="as the page docs/OPTIONS.md")
     commands.add_parser(
