@@ -34,7 +34,8 @@ def largest(values, there, count):
     """
     bits = tl.where(values == 0.0, 0.0, values).to(tl.uint32, bitcast=True)
     # Unsigned keys that order as the values do, above 0, the key of what is not there.
-    keys = tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
+    # (Triton 3.8's interpreter knows no `~` of them.)
+    keys = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     keys = tl.where(there, keys, 0)
     threshold = tl.full([], 0, tl.uint32)
     bit = tl.full([], 0x80000000, tl.uint32)

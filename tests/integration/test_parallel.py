@@ -1,4 +1,4 @@
-"""Servers of several processes: pipeline and data parallel, two API servers."""
+"""Servers of several processes: tensor, pipeline and data parallel, two API servers."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from engines import LONG_OPTIONS, engine, greedy, random_prompts
+from random_checkpoint import save_random_checkpoint
 from server_log import assert_brief
 
 from vllm_tailorkv.demo.server import MODEL_NAME, ServerOptions, VllmServer
@@ -39,14 +40,14 @@ def serve(random_llama: Path, tmp_path: Path) -> Iterator[Callable[..., VllmServ
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         servers = []
 
-        def start(*arguments: str) -> VllmServer:
+        def start(*arguments: str, model: Path = random_llama, **config: Any) -> VllmServer:
             options = ServerOptions(
-                model=random_llama,
+                model=model,
                 log=tmp_path / "server.log",
                 max_model_len=2048,
                 cache_gib=1,
                 backend="tailorkv",
-                config=OPTIONS,
+                config=OPTIONS | config,
                 dtype="float32",
                 arguments=arguments,
             )
@@ -117,3 +118,29 @@ def test_pipeline_parallel(serve: Callable[..., VllmServer], expected: list[list
     assert answers(server) == expected
     assert decode_rows(httpx.get(f"{server.url}/metrics").text) == EVERY_ROW
     assert_brief(server)
+
+
+@pytest.mark.parametrize("placement", ["joint", "split"])
+def test_tensor_parallel(
+    serve: Callable[..., VllmServer], expected: list[list[int]], placement: str
+) -> None:
+    """Each worker has one of the two KV heads, and pages of its own."""
+    server = serve("--tensor-parallel-size", "2", "--enforce-eager", placement=placement)
+    assert answers(server) == expected
+    # Rows count on one rank.
+    assert decode_rows(httpx.get(f"{server.url}/metrics").text) == EVERY_ROW
+    plan = server.plan()
+    assert plan is not None
+    assert plan.placement == placement
+    assert_brief(server)
+
+
+def test_tensor_parallel_with_one_kv_head(serve: Callable[..., VllmServer], tmp_path: Path) -> None:
+    """Both workers have the same KV head. Each selects for its own query heads, so that all is
+    selected here."""
+    model = save_random_checkpoint(tmp_path / "model", "Llama", num_key_value_heads=1)
+    everything = {"topk_tokens": 1024}
+    with engine(model, LONG_OPTIONS["onebit"] | everything) as llm:
+        one_worker = greedy(llm, PROMPTS, STEPS)
+    server = serve("--tensor-parallel-size", "2", "--enforce-eager", model=model, **everything)
+    assert answers(server) == one_worker
