@@ -8,7 +8,7 @@ MODEL ?=
 # Length of the demo's text; default: 16384, less for a model that reads less
 TOKENS ?=
 NEEDLES ?= 8
-# Options of tailorkv as JSON, for instance CONFIG='{"index": "onebit", "bits": 1}'
+# Options of tailorkv as JSON, for instance CONFIG='{"preset": "fast", "bits": 1}'
 CONFIG ?=
 # Paths of tests to run; default: all, those that start engines in a process of their own
 TESTS ?=

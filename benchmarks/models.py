@@ -528,7 +528,7 @@ def _identify(folder: Path, console: Console) -> None:
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     known = "\n".join(
         f"  {model.name:19} {model.title} ({model.licence}), {model.context:,} tokens of context,\n"
-        f"{'':22}{sum(part.num_bytes for part in model.parts) // _MB} MB to download, "
+        f"{'':22}{sum(part.num_bytes for part in model.parts) / _MB:.0f} MB to download, "
         f"{model.checkpoint_bytes // _MB} MB on disk: {model.description}"
         for model in MODELS.values()
     )

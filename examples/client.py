@@ -22,7 +22,9 @@ def main() -> int:
     parser.add_argument("--api-key", default="none", help="what the server was started with")
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to ask about")
     parser.add_argument("--question", required=True, metavar="TEXT")
-    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, help="of the answer (default: %(default)s)"
+    )
     args = parser.parse_args()
     client = OpenAI(base_url=args.url, api_key=args.api_key)
     text = args.text.read_text() + "\n\n" if args.text else ""

@@ -196,9 +196,11 @@ def score_tokens(
 ) -> None:
     """Approximate scores `q.k` of the middle tokens of sparse layers (section 3.3).
 
-    With a `OnebitIndex`, K is what its codes say, and an implementation may look scores up
-    in tables of bytes: a score is then off by about 1% of the largest magnitude (tested: at
-    most 1.5%, over the rows of a call), below the error of one bit itself.
+    With a `OnebitIndex`, K is what its codes say, and an implementation may round each query,
+    times the codes' scales, to bytes. A score is then off by about 1% of the largest magnitude
+    where channels are alike (tested with random K: at most 1.5%, over the rows of a call). Where
+    one channel is ten times as large as the others or more, it may be off by several percent. Both
+    lie below the error of one bit itself.
 
     With a `ChannelIndex`, only the `critical_channels` channels with the largest `max_i
     |q_i| * (max_t K[t] - min_t K[t])` count (the lower channel first among equals), and they are

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 
 import vllm_tailorkv
-from vllm_tailorkv.config import TailorKVConfig
 from vllm_tailorkv.quiet import quiet
 
 EXAMPLES = """\
@@ -13,7 +12,7 @@ examples:
   vllm-tailorkv doctor
       what is installed, what will run and why, what is missing
   vllm-tailorkv options
-      every option with its default and its environment variable
+      every option with its default, its values and its meaning
   vllm-tailorkv identify ./my-model --plot scores.png
       measure which layers are dense; the profile goes beside the model
   vllm-tailorkv plan ./my-model --device-gib 24 --host-gib 64
@@ -26,7 +25,7 @@ examples:
 serving is vLLM's own command:
   vllm serve MODEL --attention-backend tailorkv
   vllm serve MODEL --attention-backend tailorkv \\
-      --additional-config '{"tailorkv": {"index": "onebit", "topk_tokens": 256}}'
+      --additional-config '{"tailorkv": {"preset": "accurate", "bits": 4}}'
 """
 
 
@@ -34,13 +33,13 @@ def _print_options() -> int:
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    from vllm_tailorkv import envs  # noqa: PLC0415
+    from vllm_tailorkv import envs, options_page  # noqa: PLC0415
 
     table = Table(title="Options of --additional-config '{\"tailorkv\": {...}}'")
-    for header in ("option", "default", "meaning"):
-        table.add_column(header, overflow="fold")
-    for name, field in TailorKVConfig.model_fields.items():
-        table.add_row(name, str(field.default), field.description)
+    for header, width in (("option", None), ("default", None), ("values", 18), ("meaning", None)):
+        table.add_column(header, overflow="fold", max_width=width)
+    for row in options_page.options():
+        table.add_row(*(cell.replace("`", "") for cell in row))
     console = Console()
     console.print(table)
     console.print(f"Each can be overridden by {envs.PREFIX}<OPTION>. Other variables:")
@@ -73,8 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=vllm_tailorkv.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("doctor", help="say what is installed, what will run and what is missing")
-    options = commands.add_parser("options", help="list every option with its default and meaning")
+    commands.add_parser(
+        "doctor",
+        help="say what is installed, what will run and what is missing",
+        description="Say what is installed, what will run and why, and what is missing. Exit "
+        "status: 0 if tailorkv can serve, else 1.",
+    )
+    options = commands.add_parser(
+        "options",
+        help="list every option with its default, values and meaning",
+        description="List every option with its default, values and meaning, and the environment "
+        "variables.",
+    )
     options.add_argument("--markdown", action="store_true", help="as the page docs/OPTIONS.md")
     commands.add_parser(
         "identify", help="find the dense layers of a model (see identify --help)", add_help=False

@@ -67,7 +67,7 @@ class TailorKVConfig(BaseModel):
 
     preset: Literal["default", "fast", "accurate", "paper", "paper-long"] = Field(
         default="default",
-        description="What options are where they are not given: fast reads 192 tokens a step, "
+        description="Values of the options that are not given: fast reads 192 tokens a step, "
         "default 512, accurate 1,024; paper and paper-long are the published settings for 192 and "
         "1,024 tokens.",
     )
@@ -77,7 +77,9 @@ class TailorKVConfig(BaseModel):
         '{"dense_layers": [0, 1]}. Default: tailorkv.json beside the model, else a profile that '
         "comes with this package, else no layer.",
     )
-    bits: Literal[1, 2, 4] = Field(default=2, description="Bits of a code of a dense layer.")
+    bits: Literal[1, 2, 4] = Field(
+        default=2, description="Bits of a code of K and V in a dense layer."
+    )
     group_size: Literal[32, 64, 128] = Field(
         default=64,
         description="Tokens (K) or channels (V) of a dense layer that share a scale; divides "
@@ -110,7 +112,7 @@ class TailorKVConfig(BaseModel):
         default=448,
         ge=1,
         le=MOST_TOKENS,
-        description="Tokens between those that a sparse layer retrieves.",
+        description="Tokens between first and newest that a sparse layer retrieves in a step.",
     )
     critical_channels: int = Field(
         default=8, ge=1, le=1024, description='Channels of K scored, with index="channels".'
@@ -121,8 +123,8 @@ class TailorKVConfig(BaseModel):
     )
     index_group_size: Literal[32, 64, 128] = Field(
         default=128,
-        description='Tokens that share a scale of index="onebit", fewer where the block size is no '
-        "multiple.",
+        description='Tokens that share a scale, with index="onebit"; fewer where --block-size is '
+        "no multiple of it.",
     )
     query_reduce: Literal["mean", "max"] = Field(
         default="max",
@@ -134,16 +136,16 @@ class TailorKVConfig(BaseModel):
         default=2.25,
         ge=1,
         le=64,
-        description="The index proposes so many times topk_tokens, of which those that truly weigh "
-        "most are taken; 1: what it ranks highest is taken.",
+        description="The index proposes topk_tokens times this many candidates. The topk_tokens of "
+        "them that truly weigh most are taken; 1: what the index ranks highest is taken.",
     )
     full_attention_below: int = Field(
         default=2048,
         ge=0,
         le=MOST_TOKENS,
-        description="Contexts up to this many tokens are attended in full, which costs little "
-        "there (the token budget always is, which is 512 by default). On a GPU, which reads them "
-        "over the bus, the default is 0.",
+        description="Contexts of up to this many tokens are attended in full, which costs little "
+        "there. Those within the token budget (512 by default) always are. On a GPU, which reads "
+        "them over the bus, the default is 0.",
     )
     placement: Literal["auto", "joint", "split"] = Field(
         default="auto",
@@ -154,7 +156,7 @@ class TailorKVConfig(BaseModel):
         default=True,
         description='With index="channels" on CPUs, where K lies channel by channel: keep it once '
         "more, token by token. Gathering is up to four times faster, for half as much host memory "
-        "again. Without effect else: K lies token by token, once.",
+        "again. Otherwise it has no effect: K lies token by token, once.",
     )
     host_pool_gib: float | None = Field(
         default=None,
@@ -170,8 +172,8 @@ class TailorKVConfig(BaseModel):
         le=MOST_TOKENS,
         description="Tokens of which each KV head of a sparse layer keeps K and V on the GPU too, "
         "the ones read last: they cost no transfer. A power of two, or the next one; 0: none. "
-        "4,096 take 0.5 GiB in the shape of Llama-3.1-8B. On GPUs only, and no engine has run "
-        "with it on one.",
+        "4,096 take 0.5 GiB in the shape of Llama-3.1-8B. On GPUs only; no engine has run with "
+        "it on a GPU yet.",
     )
     guard_share: float = Field(
         default=0,
@@ -275,7 +277,7 @@ def load_config(options: Any) -> TailorKVConfig:
     if not isinstance(options, dict):
         raise TailorKVError(
             f'additional_config["tailorkv"] must be a JSON object, is {options!r}; for instance '
-            """'{"tailorkv": {"index": "onebit"}}'"""
+            """'{"tailorkv": {"bits": 4}}'"""
         )
     values = dict(options)
     for option, text in envs.option_overrides(TailorKVConfig.model_fields).items():

@@ -85,7 +85,8 @@ def _table(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> Iterator
         yield f"| {' | '.join(row)} |"
 
 
-def _options() -> Iterator[tuple[str, ...]]:
+def options() -> Iterator[tuple[str, ...]]:
+    """Each option in Markdown: its name, its default, what it may be, and what it means."""
     for name, field in TailorKVConfig.model_fields.items():
         meaning = str(field.description).replace("|", "\\|")
         yield f"`{name}`", _shown(field.default), _allowed(field), meaning
@@ -111,7 +112,7 @@ def markdown() -> str:
         "",
         "## All options",
         "",
-        *_table(("option", "default", "values", "meaning"), _options()),
+        *_table(("option", "default", "values", "meaning"), options()),
         "",
         *_OF_PRESETS.splitlines(),
         "",

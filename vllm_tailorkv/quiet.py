@@ -12,7 +12,9 @@ def quiet() -> None:
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    # Some of vLLM is imported before it sets its log up; the hub's client tells every retry.
+    # The hub's client tells every retry. It sets its log up by this, when it is imported.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # Some of vLLM is imported before it sets its log up.
     for library in ("vllm", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")

@@ -22,7 +22,7 @@ from vllm_tailorkv.layout import DerivedKind, KeyLayout
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 1.6e-2}
 TABLES = 1.5e-2
-"""Of scores from tables of bytes."""
+"""Of scores of queries that are rounded to bytes."""
 MOST_SINKS = 70
 
 few_shapes = settings(

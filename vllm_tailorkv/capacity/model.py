@@ -87,7 +87,8 @@ def read_model(name: str, dtype: str) -> Model:
         found = convertor(config, text).convert()
     except Exception as error:
         raise TailorKVError(
-            f"MODEL {name}: its config.json cannot be read: {_first_line(error)}"
+            f"MODEL {name}: its config.json cannot be read: {_first_line(error)} Give a "
+            "folder that has one, or a name that the hub knows."
         ) from error
     _refuse_other_caches(name, config, text, found)
     own = str(getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32)

@@ -1,4 +1,4 @@
 """A demonstration without downloads: a tiny model that truly retrieves, served by vLLM.
 
-Run it with `python -m vllm_tailorkv.demo`. Nothing here imports vLLM.
+Run it with `vllm-tailorkv demo`. Nothing here imports vLLM.
 """

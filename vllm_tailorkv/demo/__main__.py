@@ -1,4 +1,4 @@
-"""`python -m vllm_tailorkv.demo`: facts hidden in a long text, with tailorkv and without."""
+"""The command `vllm-tailorkv demo`: facts hidden in a long text, with tailorkv and without."""
 
 import argparse
 import json
@@ -43,11 +43,11 @@ _DEFAULT_SHARE = 0.75
 
 _EXAMPLES = """\
 examples:
-  python -m vllm_tailorkv.demo
-  python -m vllm_tailorkv.demo --tokens 65536 --needles 12
-  python -m vllm_tailorkv.demo --config '{"index": "onebit", "bits": 1}'
-  python -m vllm_tailorkv.demo --config '{"topk_tokens": 16}' --json result.json
-  python -m vllm_tailorkv.demo --model ./my-chat-model
+  vllm-tailorkv demo
+  vllm-tailorkv demo --tokens 65536 --needles 12
+  vllm-tailorkv demo --config '{"preset": "fast", "bits": 1}'
+  vllm-tailorkv demo --config '{"topk_tokens": 16}' --json result.json
+  vllm-tailorkv demo --model ./my-chat-model
 
 exit status: 0 if every answer with tailorkv is right, 1 if one is wrong, 2 if the demo cannot run;
 with --model: 1 if tailorkv misses what vLLM's own backend answers right, 2 also if that answers
@@ -84,7 +84,7 @@ def _stop_servers_on_signals() -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_tailorkv.demo",
+        prog="vllm-tailorkv demo",
         description="Hide facts in a long text of this machine's own files, ask vLLM for each, "
         "once with the backend tailorkv and once with its own, and compare.",
         epilog=_EXAMPLES,
@@ -95,7 +95,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--model",
         type=Path,
         metavar="DIR",
-        help="a chat model to ask, and to ask more of; default: the demo's own tiny model",
+        help="folder of a chat model, which is asked more; default: the demo's own tiny model",
     )
     parser.add_argument(
         "--tokens",
@@ -108,11 +108,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--needles", type=int, default=8, metavar="N", help="facts hidden in it (%(default)s)"
     )
     parser.add_argument(
-        "--config", type=json_object, metavar="JSON", help="options of tailorkv, a JSON object"
+        "--config", type=json_object, metavar="JSON", help="options of tailorkv, as one JSON object"
     )
-    parser.add_argument(
-        "--port", type=int, default=0, help="port of the server; 0, the default: any free one"
-    )
+    parser.add_argument("--port", type=int, default=0, help="port of the server (0: any free one)")
     parser.add_argument(
         "--cache-dir",
         type=Path,
@@ -124,8 +122,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--max-tokens",
         type=int,
         metavar="N",
-        help=f"longest answer, in tokens; a number takes 8 ({_ANSWER_TOKENS}, with --model "
-        f"{_CHAT_ANSWER_TOKENS})",
+        help=f"longest answer ({_ANSWER_TOKENS}, with --model {_CHAT_ANSWER_TOKENS}); a hidden "
+        "number takes 8",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument(

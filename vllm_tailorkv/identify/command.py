@@ -50,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Find the dense layers of a model: read a long prompt through vLLM with exact "
         "attention, measure how much of its attention every layer spreads beyond a few tokens, "
         "and write a profile. An older profile stays as it is until the new one is whole; an "
-        "interrupted run leaves nothing behind, and the same command runs it again.",
+        "interrupted run leaves nothing behind, and the same command runs it again. It runs "
+        "on CPUs; the profile serves GPUs too.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -43,15 +43,21 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "url", nargs="?", default=_DEFAULT_URL, metavar="URL", help="of the server (%(default)s)"
+        "url", nargs="?", default=_DEFAULT_URL, metavar="URL", help="server (default: %(default)s)"
     )
     parser.add_argument(
-        "--interval", type=float, default=2.0, metavar="SECONDS", help="between two (%(default)s)"
+        "--interval",
+        type=float,
+        default=2.0,
+        metavar="SECONDS",
+        help="between two screens (default: %(default)s)",
     )
     parser.add_argument(
-        "--once", action="store_true", help="one screen, over one interval, and end"
+        "--once", action="store_true", help="print one screen, of one interval, and end"
     )
-    parser.add_argument("--json", action="store_true", help="a line of JSON an interval, no screen")
+    parser.add_argument(
+        "--json", action="store_true", help="print a line of JSON for each interval"
+    )
     return parser
 
 
