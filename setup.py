@@ -44,8 +44,8 @@ SOURCES = (
     "kernels_avx512.cpp",
     "kernels_avx2.cpp",
     "kernels_portable.cpp",
-    "kernels_avx512_bf16.cpp",
-    "kernels_amx.cpp",
+    "exact_avx512_bf16.cpp",
+    "exact_amx.cpp",
 )
 
 STABLE_ABI = [

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from signals import HEEDED
 
 from vllm_tailorkv.demo import __main__ as demo
 from vllm_tailorkv.demo import server as demo_server
@@ -58,7 +59,7 @@ def is_running(pid: int) -> bool:
 
 
 def wait_for_lines(log: Path, count: int) -> list[str]:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while len(lines := log.read_text().split()) < count:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -124,7 +125,7 @@ def test_failed_start_names_the_cause(monkeypatch: pytest.MonkeyPatch, tmp_path:
         """,
     )
     with pytest.raises(ServerError, match="exit status 3") as caught, server:
-        server.wait_until_healthy(lambda _: None, timeout=20)
+        server.wait_until_healthy(lambda _: None, timeout=120)
     assert caught.value.log_lines == ("ValueError: no such plan",)
     assert caught.value.log == server.log
 
@@ -139,7 +140,7 @@ def test_refused_options_are_the_cause_however_vllm_warns(
         """
     server = fake_server(monkeypatch, tmp_path, script)
     with pytest.raises(ServerError) as caught, server:
-        server.wait_until_healthy(lambda _: None, timeout=20)
+        server.wait_until_healthy(lambda _: None, timeout=120)
     assert caught.value.log_lines == ("vllm-tailorkv: error: bits=3: Input should be 1, 2 or 4",)
 
 
@@ -150,7 +151,7 @@ def test_an_end_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     with server:
         assert server.wait(0) is None
         os.kill(server.pid, signal.SIGKILL)
-        assert server.wait(20) == -signal.SIGKILL
+        assert server.wait(120) == -signal.SIGKILL
 
 
 def test_dtype_and_further_arguments(tmp_path: Path) -> None:
@@ -226,7 +227,8 @@ def assert_ended(pids: list[int]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_to_the_demo_stops_the_server(tmp_path: Path, number: signal.Signals) -> None:
-    with subprocess.Popen(demo_program(tmp_path), stdout=subprocess.DEVNULL) as process:
+    program = [*HEEDED, *demo_program(tmp_path)]
+    with subprocess.Popen(program, stdout=subprocess.DEVNULL) as process:
         pids = servers_of(tmp_path, process.pid)
         assert all(map(is_running, pids))
         process.send_signal(number)
@@ -238,7 +240,7 @@ def test_a_closed_terminal_stops_the_server(tmp_path: Path) -> None:
     terminal, inside = pty.openpty()
     # In a session of its own, the terminal is the one that it is controlled by.
     process = subprocess.Popen(
-        [sys.executable, "-c", CONTROLLED, *demo_program(tmp_path)],
+        [*HEEDED, sys.executable, "-c", CONTROLLED, *demo_program(tmp_path)],
         stdin=inside,
         stdout=inside,
         stderr=inside,
@@ -302,7 +304,7 @@ def test_the_server_is_known_by_its_name_behind_a_proxy(
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     with web_server(monkeypatch, tmp_path, lambda name: [demo_server.MODEL_NAME, name]) as server:
-        server.wait_until_healthy(lambda _: None, timeout=20)
+        server.wait_until_healthy(lambda _: None, timeout=120)
 
 
 def test_another_server_at_the_port_is_not_taken_for_it(
@@ -331,7 +333,7 @@ def test_the_port_of_another_program_ends_in_its_words(
         script = WEB_SERVER.format(names=[server._name], port=taken.getsockname()[1])
         monkeypatch.setattr(demo_server, "_command", lambda *_: [sys.executable, "-c", script])
         with pytest.raises(ServerError, match="exit status 1") as caught, server:
-            server.wait_until_healthy(lambda _: None, timeout=20)
+            server.wait_until_healthy(lambda _: None, timeout=120)
     assert caught.value.log_lines == ("OSError: [Errno 98] Address already in use",)
 
 

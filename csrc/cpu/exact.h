@@ -83,9 +83,6 @@ struct Softmaxes {
   }
 };
 
-// What needs no beginning and no end.
-struct Nothing {};
-
 // Queries of one row and KV head: `count` from `first` on, counted over tokens, and over the query
 // heads of each.
 struct Lot {
@@ -270,7 +267,7 @@ class Exact {
     const int64_t last = position(lot.row, lot.first + lot.count - 1);
     const int64_t end = smaller(last + 1, begin + kSegmentTokens);
     softmaxes.clear(groups);
-    [[maybe_unused]] const typename Units::Session session;
+    Units::begin();
     for (int64_t first = begin; first < end; first += kTileTokens) {
       const TileView<Units> tile =
           view_tile<T>(desk, lot, first, smaller(kTileTokens, end - first), last);
@@ -281,6 +278,7 @@ class Exact {
         attend_groups(desk, tile, group, static_cast<int>(together), softmaxes);
       }
     }
+    Units::end();
   }
 
   void attend_groups(const Desk<Units>& desk, const TileView<Units>& tile, int64_t group,

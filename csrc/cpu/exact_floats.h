@@ -17,13 +17,15 @@ namespace {
 //   weight            2^x of a score; store_weights, of tokens t and t + 1
 //   pack_row, pack_one  elements, of what caches hold
 //   turn              V with `kPair` > 1: [channels, kTileTokens], zeros behind its tokens
-//   Session           lives while things are multiplied
+//   begin, end        around multiplications
 struct Floats {
   using Element = float;
   using Operand = float;
   static constexpr int kPair = 1;
-  using Session = Nothing;
   static constexpr int64_t kChannels = 8;
+
+  static void begin() {}
+  static void end() {}
 
   template <class T>
   static void lay_queries(float* to, const T* const* rows, int64_t size, int64_t) {

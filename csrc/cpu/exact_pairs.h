@@ -7,8 +7,10 @@ namespace tailorkv::TAILORKV_ISA {
 namespace {
 
 struct Pairs : PairsOfBf16 {
-  using Session = Nothing;
   static constexpr int64_t kChannels = 16;
+
+  static void begin() {}
+  static void end() {}
 
   template <bool Add>
   static void multiply(const Bf16* a, int64_t row, int64_t, int64_t rows, int64_t steps,

@@ -1,22 +1,34 @@
 // exact_attention of bfloat16 by AMX: tiles of 16 rows times 32 elements.
 #pragma once
 
-#include "tiles.h"
-//
 #include "exact_bf16.h"
 
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 
 struct Tiles : PairsOfBf16 {
-  using Session = TileShape;
   static constexpr int64_t kChannels = 32;
+
+  // Tell the processor the tiles' shape, all the same: 16 rows of 64 bytes.
+  static void begin() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shape;
+    static_assert(sizeof(shape) == 64);
+    // The compiler's headers do not say that it is read, nor that tiles are.
+    __asm__ volatile("" ::: "memory");
+    _tile_loadconfig(&shape);
+  }
+  static void end() { _tile_release(); }
 
   // Two tiles of rows times one or two of queries at once.
   template <bool Add>
   static void multiply(const Bf16* a, int64_t row, int64_t, int64_t rows, int64_t steps,
                        const uint32_t* const* b, int together, float* const* out) {
     constexpr int64_t kRows = 16, kSteps = 16, kLine = 64;
+    __asm__ volatile("" ::: "memory");
     const int64_t pitch = row * static_cast<int64_t>(sizeof(Bf16));
     for (int64_t r = 0; r < rows; r += 2 * kRows) {
       float *first = out[0] + r * kLanes, *second = out[together - 1] + r * kLanes;

@@ -23,9 +23,12 @@ extern const Kernels kernels_avx512_gfni;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx2;
 
-// They leave what they have nothing better for.
-void replace_by_avx512_bf16(Kernels& kernels);
-void replace_by_amx(Kernels& kernels);
+namespace avx512_bf16 {
+void exact_attention(const ExactAttention&);
+}
+namespace amx {
+void exact_attention(const ExactAttention&);
+}
 #endif
 
 namespace {
@@ -54,8 +57,8 @@ bool has_amx() {
 #if defined(__linux__)
   uint32_t a, b, c, d;
   if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-  constexpr uint32_t kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, bytes
-  if ((d & kNeeded) != kNeeded) return false;
+  constexpr uint32_t kBf16 = 1u << 22, kTiles = 1u << 24;
+  if ((d & kBf16) == 0 || (d & kTiles) == 0) return false;
   // The kernel gives tiles to processes that ask for them.
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -67,15 +70,16 @@ bool has_amx() {
 // Intel's multiply bfloat16 slower than floats, but in AMX.
 bool is_amd() { return __builtin_cpu_is("amd"); }
 
-// Those of avx512_gfni, some of them replaced.
-Kernels with(void (*replace)(Kernels&)) {
+// Those of avx512_gfni, with another multiplication of bfloat16.
+Kernels with_bf16(const char* name, void (*exact_attention)(const ExactAttention&)) {
   Kernels kernels = kernels_avx512_gfni;
-  replace(kernels);
+  kernels.name = name;
+  kernels.exact_attention = exact_attention;
   return kernels;
 }
 
-const Kernels kernels_avx512_bf16 = with(replace_by_avx512_bf16);
-const Kernels kernels_amx = with(replace_by_amx);
+const Kernels kernels_avx512_bf16 = with_bf16("avx512_bf16", avx512_bf16::exact_attention);
+const Kernels kernels_amx = with_bf16("amx", amx::exact_attention);
 
 bool has_avx2() {
   // Every processor with AVX2 and FMA has F16C, which gcc 12 cannot ask for by name.

@@ -11,9 +11,6 @@
 #if TAILORKV_TABLES
 #include "byte_lut.h"
 #endif
-#if TAILORKV_TILES
-#include "score_tiles.h"
-#endif
 
 namespace tailorkv::TAILORKV_ISA {
 namespace {
@@ -53,18 +50,11 @@ struct ScoreScratch {
   uint8_t* bytes;
   float *scores, *best;
   ProductScratch product;
-#if TAILORKV_TILES
-  TileScratch tiles;
-#endif
 };
 
 inline ScoreScratch take_score_scratch(int64_t d, int64_t g) {
   return ScoreScratch{take<float>(padded(d)), take<float>(padded(d)), take<uint8_t>(d * g / 8),
-                      take<float>(4 * g),     take<float>(g),         take_product_scratch(d, g),
-#if TAILORKV_TILES
-                      take_tile_scratch(d)
-#endif
-  };
+                      take<float>(4 * g),     take<float>(g),         take_product_scratch(d, g)};
 }
 
 // Add what is to be added to the scores of a query, keep the largest of each token.
@@ -76,7 +66,7 @@ inline void keep_best(const float* scores, float extra, bool first, int64_t coun
   }
 }
 
-#if TAILORKV_TABLES && !TAILORKV_TILES
+#if TAILORKV_TABLES
 // Scores of P * 64 tokens of a group for queries q .. q + N - 1, from codes transposed.
 template <int N, int P>
 void score_places(int64_t d, const float* query, const float* extra, int64_t q,
@@ -120,12 +110,7 @@ void score_places(const uint8_t* codes, int64_t pitch, int64_t d, int32_t querie
 inline void score_group(const uint8_t* codes, int64_t pitch, int64_t d, int64_t g, int32_t queries,
                         const float* query, const float* extra, const ScoreScratch& scratch,
                         Ahead& ahead, float* best) {
-#if TAILORKV_TILES
-  if (g % kPlaces == 0) {
-    return score_by_tiles(codes, pitch, d, g, queries, query, extra, scratch.scale, scratch.zero,
-                          scratch.product.scaled, scratch.bytes, ahead, scratch.tiles, best);
-  }
-#elif TAILORKV_TABLES
+#if TAILORKV_TABLES
   if (g % kPlaces == 0) {
     int64_t t = 0;
     for (; t + 2 * kPlaces <= g; t += 2 * kPlaces) {
@@ -161,9 +146,6 @@ void score_groups(const ScoreOnebit& op, const Task& task, const float* query, c
   const int64_t per_block = score.grouping.groups_per_block;
   const int64_t first_unit = score.sink_tokens / g;
   const int32_t* table = table_of(score, task.row);
-#if TAILORKV_TILES
-  const TileShape shape(smaller(kTileQueries, score.queries), 5);
-#endif
   for (int64_t unit = task.begin + first_unit; unit < task.end + first_unit; ++unit) {
     const int64_t block = table[unit / per_block], group = unit % per_block;
     read_key_scales(op.key, block, task.head, group, d, scratch.scale, scratch.zero);

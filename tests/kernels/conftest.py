@@ -28,11 +28,15 @@ os.environ.setdefault("VLLM_TAILORKV_CHECK_VALUES", "1")
 ITEMSIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 
 
+BF16_ISAS = ("amx", "avx512_bf16")
+"""Like `avx512_gfni` but for `exact_attention`."""
+
+
 def available_isas() -> list[str]:
     if cpu_module.unavailable() is not None:
         return []
     names = []
-    for name in ("amx", "avx512_bf16", "avx512_gfni", "avx512", "avx2", "portable"):
+    for name in (*BF16_ISAS, "avx512_gfni", "avx512", "avx2", "portable"):
         try:
             torch.ops.vllm_tailorkv.set_isa(name)
         except RuntimeError:
@@ -43,17 +47,8 @@ def available_isas() -> list[str]:
     return names
 
 
-ALL_ISAS = available_isas()
-# The others are `avx512_gfni` but for what the tables below say.
-ISAS = [name for name in ALL_ISAS if name not in ("amx", "avx512_bf16")]
-SCORING_ISAS = [name for name in ALL_ISAS if name != "avx512_bf16"]
-SCORING = (
-    "test_score_tokens",
-    "test_propose_topk",
-    "test_retrieve_topk",
-    "test_retrieve_attention",
-)
-"""Modules whose ops score tokens, which `amx` does its own way."""
+EXACT_ISAS = available_isas()
+ISAS = [name for name in EXACT_ISAS if name not in BF16_ISAS]
 TRITON = ["triton-device", "triton-pinned"] if torch.cuda.is_available() else ["triton-interpreted"]
 
 
@@ -109,36 +104,23 @@ class OnDevice:
         return empty.set_(seen, arg.storage_offset(), arg.shape, arg.stride())
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each test once for each instruction set that has its own version of what it tests."""
-    isas = SCORING_ISAS if metafunc.module.__name__.rpartition(".")[2] in SCORING else ISAS
-    missing = pytest.param("", marks=pytest.mark.skip("no C++ extension"))
-    if "cpu" in metafunc.fixturenames:
-        metafunc.parametrize("cpu", isas or [missing], indirect=True)
-    if "exact_cpu" in metafunc.fixturenames:
-        metafunc.parametrize("exact_cpu", ALL_ISAS or [missing], indirect=True)
-    if "fast" in metafunc.fixturenames:
-        names = [*(f"cpu-{isa}" for isa in isas), *TRITON]
-        metafunc.parametrize("fast", names, indirect=True)
-
-
-@pytest.fixture
+@pytest.fixture(params=ISAS or [pytest.param("", marks=pytest.mark.skip("no C++ extension"))])
 def cpu(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """The C++ implementation, with one of its instruction sets."""
+    """The C++ implementation, once for each instruction set of this processor."""
     torch.ops.vllm_tailorkv.set_isa(request.param)
     yield cpu_module
-    torch.ops.vllm_tailorkv.set_isa(ALL_ISAS[0])
+    torch.ops.vllm_tailorkv.set_isa(ISAS[0])
 
 
-@pytest.fixture
+@pytest.fixture(params=EXACT_ISAS or [pytest.param("", marks=pytest.mark.skip("no C++ extension"))])
 def exact_cpu(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """The same, for `exact_attention`."""
+    """The same, with those that differ in `exact_attention` alone."""
     torch.ops.vllm_tailorkv.set_isa(request.param)
     yield cpu_module
-    torch.ops.vllm_tailorkv.set_isa(ALL_ISAS[0])
+    torch.ops.vllm_tailorkv.set_isa(ISAS[0])
 
 
-@pytest.fixture
+@pytest.fixture(params=[*(f"cpu-{isa}" for isa in ISAS), *TRITON])
 def fast(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Every implementation but the reference, each where it can run in this process."""
     name, _, where = request.param.partition("-")
@@ -147,7 +129,7 @@ def fast(request: pytest.FixtureRequest) -> Iterator[Any]:
         return
     torch.ops.vllm_tailorkv.set_isa(where)
     yield cpu_module
-    torch.ops.vllm_tailorkv.set_isa(ALL_ISAS[0])
+    torch.ops.vllm_tailorkv.set_isa(ISAS[0])
 
 
 @pytest.fixture(params=TRITON)

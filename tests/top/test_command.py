@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from signals import HEEDED
 
 from vllm_tailorkv import cli
 from vllm_tailorkv.top import command
@@ -128,12 +129,13 @@ def test_intervals(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_server_may_go_and_come_back(serve: Serve) -> None:
     """Its figures go on without those from before."""
     url = serve(BEFORE, AFTER, None, BEFORE, AFTER)
-    program = [sys.executable, "-m", "vllm_tailorkv.cli", "top", url, "--interval", "0.1", "--json"]
+    program = [*HEEDED, sys.executable, "-m", "vllm_tailorkv.cli", "top", url]
+    program += ["--interval", "0.1", "--json"]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         lines = [json.loads(process.stdout.readline()) for _ in range(3)]
         process.send_signal(2)
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
     assert lines[0]["traffic"]["running"] == 2
     assert "status 503" in lines[1]["error"]
     assert lines[2]["traffic"]["generated_tokens"] > 0

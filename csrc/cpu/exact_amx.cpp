@@ -6,35 +6,27 @@
 #include "support.h"
 
 // From here on the code needs these instructions; the headers above do not.
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")
 
-#define TAILORKV_ISA avx512_bf16
+#define TAILORKV_ISA amx
 #define TAILORKV_TABLES 0
 #include "vec_avx512.h"
 //
-#include "exact_pairs.h"
+#include "exact_tiles.h"
 
 namespace tailorkv {
 
 extern const Kernels kernels_avx512_gfni;
 
-namespace avx512_bf16 {
-namespace {
+namespace amx {
 
+void exact_attention(const ExactAttention& op);
 void exact_attention(const ExactAttention& op) {
   if (op.dtype != Dtype::kBfloat16) return kernels_avx512_gfni.exact_attention(op);
   scratch_reset();
-  Exact<Pairs>(op).run<Bf16>();
+  Exact<Tiles>(op).run<Bf16>();
 }
 
-}  // namespace
-}  // namespace avx512_bf16
-
-void replace_by_avx512_bf16(Kernels& kernels);
-void replace_by_avx512_bf16(Kernels& kernels) {
-  kernels.name = "avx512_bf16";
-  kernels.exact_attention = avx512_bf16::exact_attention;
-}
-
+}  // namespace amx
 }  // namespace tailorkv
 #endif

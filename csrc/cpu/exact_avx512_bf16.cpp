@@ -1,0 +1,32 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <omp.h>
+
+#include "kernels.h"
+#include "support.h"
+
+// From here on the code needs these instructions; the headers above do not.
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16")
+
+#define TAILORKV_ISA avx512_bf16
+#define TAILORKV_TABLES 0
+#include "vec_avx512.h"
+//
+#include "exact_pairs.h"
+
+namespace tailorkv {
+
+extern const Kernels kernels_avx512_gfni;
+
+namespace avx512_bf16 {
+
+void exact_attention(const ExactAttention& op);
+void exact_attention(const ExactAttention& op) {
+  if (op.dtype != Dtype::kBfloat16) return kernels_avx512_gfni.exact_attention(op);
+  scratch_reset();
+  Exact<Pairs>(op).run<Bf16>();
+}
+
+}  // namespace avx512_bf16
+}  // namespace tailorkv
+#endif
