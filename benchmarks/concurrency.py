@@ -24,6 +24,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ _EXAMPLES = """\
 BACKENDS = ("tailorkv", "vllm")
 PROMPTS = ("read", "cached")
 _START_SECONDS = 600
-# Of the prompt, which vLLM's benchmark makes of random tokens and sends as text.
+_INTERRUPTED = 130
+# Of the context, left free: vLLM's benchmark sends random tokens as text, which may be more tokens.
 _SPARE_TOKENS = 64
 
 
@@ -73,15 +75,26 @@ def main() -> None:
                 continue
             try:
                 _measure(args, folder, backend, left, lambda record: lines.add(settings | record))
-            except (ServerError, TailorKVError, BenchError) as error:
+            except ServerError as error:
+                refuse(__file__, f"{backend}: {'; '.join((str(error), *error.log_lines))}")
+            except (TailorKVError, BenchError) as error:
                 refuse(__file__, f"{backend}: {error}")
+            except KeyboardInterrupt:
+                print("concurrency.py: interrupted, server stopped", file=sys.stderr)
+                raise SystemExit(_INTERRUPTED) from None
     Console(stderr=True).print(table(output.records))
 
 
 def _measure(
-    args: argparse.Namespace, folder: Path, backend: str, all_streams: list[int], add: Any
+    args: argparse.Namespace,
+    folder: Path,
+    backend: str,
+    all_streams: list[int],
+    add: Callable[[dict[str, Any]], None],
 ) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    # vLLM's workers heed this alone.
+    cores = sorted(os.sched_getaffinity(0))[: args.threads]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     with tempfile.TemporaryDirectory() as directory:
         options = ServerOptions(
             model=folder,
@@ -173,7 +186,9 @@ def _arguments() -> argparse.Namespace:
     options.add_argument(
         "--model", default="smollm2-135m", help="a name that models.py knows, or a folder"
     )
-    options.add_argument("--context", type=positive, default=4096, metavar="N", help="of a prompt")
+    options.add_argument(
+        "--context", type=positive, default=4096, metavar="N", help="of a prompt, 64 spare"
+    )
     options.add_argument(
         "--streams", type=numbers, default=[8], metavar="N[,N...]", help="requests at once"
     )
@@ -195,6 +210,10 @@ def _arguments() -> argparse.Namespace:
     )
     add_output(options)
     args = options.parse_args()
+    if args.context <= _SPARE_TOKENS:
+        options.error(f"--context: {args.context} is not more than {_SPARE_TOKENS}")
+    if args.threads > len(os.sched_getaffinity(0)):
+        options.error(f"--threads: {args.threads} are more than the cores of this process")
     for name in args.backends:
         if name not in BACKENDS:
             options.error(f"--backends: {name} is none of {', '.join(BACKENDS)}")
