@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -31,6 +32,9 @@ from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.failures import noted
 from vllm_tailorkv.kernels import ops
 from vllm_tailorkv.kernels.types import DenseCodes, HotRows
+
+if TYPE_CHECKING:
+    from vllm_tailorkv.attention.builder import TailorKVMetadataBuilder
 
 logger = init_logger(LOGGER)
 
@@ -88,6 +92,8 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         self.hot: HotRows | None = None
         self.pages: Pages | None = None
         self.layer_name = ""
+        self.builder: TailorKVMetadataBuilder | None = None
+        """What plans the layer's steps, if the model drafts for itself."""
         self.selector: Selector = retrieve
         self.observer: Callable[[torch.Tensor, TailorKVMetadata], None] | None = None
         """Called with every step's queries [T, H, d] and metadata, its K and V written."""
