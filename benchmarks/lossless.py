@@ -16,7 +16,8 @@ decode steps are timed. A line of JSON for each:
     tokens_per_second           of all requests
     accepted_share              of the drafted tokens; null without drafts
     tokens_per_judging          tokens of a request for each exact step; null without drafts
-    same_tokens, same_share     as vllm: until the first difference, mean; share of equal answers
+    same_tokens, same_share     as vllm, where that ran: tokens before the first difference, mean;
+                                share of equal answers
     tokens                      the answers
     command, date, revision, versions, processor   of this run
 
@@ -46,6 +47,7 @@ from vllm_tailorkv.arguments import json_object
 from vllm_tailorkv.attention.carried import DRAFTER
 from vllm_tailorkv.config import MOST_TOKENS
 
+WAYS = ("vllm", "exact", "tailorkv", "drafts")
 _EXAMPLES = """\
   python benchmarks/lossless.py --context 4096
   python benchmarks/lossless.py --model qwen2.5-coder-0.5b --text code --context 8192 --batch 4
@@ -65,7 +67,7 @@ def main() -> None:
         refuse(__file__, str(error))
     texts = _texts(args, folder)
     with output as lines:
-        for name, drafts in ways(args.drafts):
+        for name, drafts in _runs(args.ways, args.drafts):
             if any((one["way"], one["drafts"]) == (name, drafts) for one in output.records):
                 continue
             print(f"lossless.py: {name}{f', {drafts} drafts' if drafts else ''}", file=sys.stderr)
@@ -86,15 +88,14 @@ def main() -> None:
             lines.add(
                 settings
                 | {"way": name, "drafts": drafts}
-                | record(found, drafts, full[0] if full else found["tokens"])
+                | record(found, drafts, full[0] if full else None)
             )
     Console(stderr=True).print(table(output.records))
 
 
-def ways(drafts: list[int]) -> list[tuple[str, int]]:
+def _runs(ways: list[str], drafts: list[int]) -> list[tuple[str, int]]:
     """Ways of serving, and how many tokens each drafts at once."""
-    plain = [(name, 0) for name in ("vllm", "exact", "tailorkv")]
-    return plain + [("drafts", count) for count in drafts]
+    return [(way, count) for way in ways for count in (drafts if way == "drafts" else [0])]
 
 
 def _options(way: str, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -108,18 +109,18 @@ def _speculation(drafts: int) -> dict[str, Any] | None:
     return {"model": DRAFTER, "num_speculative_tokens": drafts} if drafts else None
 
 
-def record(found: dict[str, Any], drafts: int, full: list[list[int]]) -> dict[str, Any]:
+def record(found: dict[str, Any], drafts: int, full: list[list[int]] | None) -> dict[str, Any]:
     """What one way was measured to be.
 
     Args:
         found: by `speed.answering`.
         drafts: at once.
-        full: the answers of full attention.
+        full: vLLM's answers, or None: these are they.
     """
     tokens = found["tokens"]
     # The first token of each answer is not timed.
     timed = sum(map(len, tokens)) - len(tokens)
-    same = [_same(*pair) for pair in zip(tokens, full, strict=True)]
+    same = [_same(*pair) for pair in zip(tokens, full or tokens, strict=True)]
     judging = found["drafted"] / drafts if drafts else 0
     return {
         "tokens_per_second": round(timed / found["seconds"], 3),
@@ -203,6 +204,13 @@ def _arguments() -> argparse.Namespace:
     options.add_argument(
         "--model", default="smollm2-135m", help="a name that models.py knows, or a folder"
     )
+    options.add_argument(
+        "--ways",
+        type=lambda text: text.split(","),
+        default=list(WAYS),
+        metavar="NAME[,NAME...]",
+        help=f"of {', '.join(WAYS)} (all)",
+    )
     options.add_argument("--text", choices=KINDS, default=KINDS[0], help="(%(default)s)")
     options.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)"
@@ -224,6 +232,9 @@ def _arguments() -> argparse.Namespace:
     )
     add_output(options)
     args = options.parse_args()
+    for name in args.ways:
+        if name not in WAYS:
+            options.error(f"--ways: {name} is none of {', '.join(WAYS)}")
     if args.output_tokens < 2:
         options.error("--output-tokens: the first one is not timed; give 2 or more")
     return args
