@@ -240,7 +240,7 @@ def sparse_calls(
         appended = (tokens, tokens, *host[:2], groups, groups, derived)
         yield partial(kernels.append_tokens, *appended, True, hot)
         arguments = (query, query, derived, host.key, *host[:2], table, lengths, lengths)
-        options = (8, 8, 128, 1008, case.head_size, True, 0.1, 0.0, 16 * block_size, hot)
+        options = (8, 8, 128, 1008, case.head_size, True, 0.1, 0.0, 16 * block_size, None, hot)
         yield partial(kernels.retrieve_attention, *arguments, *options)
     mass = query.new_zeros(query.shape[:2], dtype=torch.float32)
     arguments = (mass, query, host.key, table, lengths, lengths, 8, 0.1, 0.0)

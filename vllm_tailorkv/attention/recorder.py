@@ -105,6 +105,7 @@ class LayerRecorder:
         key_pages = pages.host.key
         blocks = block_table[: ceil(length / key_pages.shape[2])].long()
         scores: list[float] = []
+        sinks = impl.sink_logits
         for head, group in enumerate(queries.chunk(impl.num_kv_heads, dim=1)):
             key = key_pages[blocks, head].flatten(0, 1)[:length].unsqueeze(1)
             preference = ops.dense_preference(
@@ -113,6 +114,7 @@ class LayerRecorder:
                 alpha=self.recording.alpha,
                 scale=impl.scale,
                 softcap=impl.softcap,
+                sink_logits=None if sinks is None else sinks.chunk(impl.num_kv_heads)[head],
             )
             scores += preference.tolist()
         return scores
