@@ -164,7 +164,7 @@ def exact_attention(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torc
 def lost_mass(query: torch.Tensor, indices: torch.Tensor, layer: Layer, rows: DecodeRows) -> float:
     """The share of the true attention of one row on tokens that are not read, mean of its heads.
 
-    What a head pays to its sink logit is not lost, nor to any token.
+    What a head pays to its sink logit is part of its attention, and not lost.
 
     Args:
         query: [1, H, d]; rows: that one.

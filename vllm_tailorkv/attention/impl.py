@@ -21,6 +21,7 @@ from vllm_tailorkv.attention.selection import (
     attend_selected,
     retrieve,
 )
+from vllm_tailorkv.attention.sinks import sink_logits
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.attention.staged import Staging
 from vllm_tailorkv.attention.varlen import Asked, choose_varlen
@@ -146,11 +147,6 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         if pool is not None:
             pool.release()
 
-    @property
-    def sink_logits(self) -> torch.Tensor | None:
-        """The sinks as ops take them; made anew for each step, as weights may be loaded again."""
-        return None if self.sinks is None else self.sinks.detach().float().contiguous()
-
     def forward(
         self,
         layer: AttentionLayer,
@@ -189,7 +185,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             host,
             self.scale,
             self.softcap,
-            self.sink_logits,
+            sink_logits(self.sinks),
         )
         written = (step.key, step.value, host.key, host.value, attn_metadata.slot_mapping)
         groups, fit = attn_metadata.groups, self.config.fit_codes

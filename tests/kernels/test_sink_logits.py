@@ -1,0 +1,112 @@
+"""Sink logits against plain maths: each head keeps the share of its attention that tokens have."""
+
+import pytest
+import torch
+
+from vllm_tailorkv.kernels import reference
+from vllm_tailorkv.layout import DerivedKind
+
+LENGTHS, HEADS, GROUP, SIZE, SCALE = [700, 129, 5], 2, 4, 64, 0.125
+VALUES = [-1e30, -8.0, 0.0, 5.0, 30.0, 1e4]
+
+
+def shares(context, query, value, softcap):
+    """What every head pays to all tokens of its context: [R, H, 1]."""
+    pages = context.cache.host.key
+    found = []
+    for row, length in enumerate(context.seq_lens.tolist()):
+        key = reference.gather_rows(pages, context.block_table[row], length).double()
+        grouped = query[row].double().unflatten(0, (HEADS, GROUP))
+        scores = torch.einsum("hgd,hnd->hgn", grouped, key) * SCALE
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
+        found.append((scores.logsumexp(-1) - value).sigmoid().flatten())
+    return torch.stack(found).unsqueeze(-1)
+
+
+def dense(function, context, query, softcap, logits):
+    host, rows = context.cache.host, (context.block_table, context.seq_lens)
+    output = torch.full_like(query, float("nan"))
+    exact = torch.zeros_like(context.seq_lens)
+    derived = context.cache.derived
+    function(output, query, *host[:2], derived, *rows, exact, SCALE, softcap, logits)
+    return output
+
+
+def sparse(function, context, query, softcap, logits):
+    host, rows = context.cache.host, (context.block_table, context.seq_lens)
+    output = torch.full_like(query, float("nan"))
+    none = torch.full((len(query), HEADS, 3), -1, dtype=torch.int32)
+    tail = torch.zeros_like(context.seq_lens)
+    function(output, query, *host[:2], none, *rows, tail, 8, SCALE, softcap, logits)
+    return output
+
+
+def exact(function, context, query, softcap, logits):
+    host, count = context.cache.host, len(query)
+    output = torch.full_like(query, float("nan"))
+    rows = (torch.arange(count).int(), torch.ones(count).int(), context.seq_lens)
+    function(output, query, *host[:2], context.block_table, *rows, SCALE, softcap, logits)
+    return output
+
+
+def check(run, functions, context, softcap, error_of):
+    query = torch.randn(len(LENGTHS), HEADS * GROUP, SIZE)
+    for function in functions:
+        without = run(function, context, query, softcap, None)
+        for value in VALUES:
+            logits = torch.full((HEADS * GROUP,), value)
+            expected = without * shares(context, query, value, softcap)
+            actual = run(function, context, query, softcap, logits)
+            if value < 1e3:
+                assert error_of(actual, expected) < 1e-4
+            else:
+                assert (actual == 0).all()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_dense(fast, build_context, error_of, softcap):
+    context = build_context(LENGTHS, dtype=torch.float32)
+    functions = (reference.quantized_decode_attention, fast.quantized_decode_attention)
+    check(dense, functions, context, softcap, error_of)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_sparse(fast, build_context, error_of, softcap):
+    context = build_context(LENGTHS, kind=DerivedKind.ONEBIT, dtype=torch.float32)
+    functions = (reference.sparse_decode_attention, fast.sparse_decode_attention)
+    check(sparse, functions, context, softcap, error_of)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_exact(exact_cpu, build_context, error_of, softcap):
+    context = build_context(LENGTHS, kind=DerivedKind.ONEBIT, dtype=torch.float32)
+    functions = (reference.exact_attention, exact_cpu.exact_attention)
+    check(exact, functions, context, softcap, error_of)
+
+
+@pytest.mark.parametrize("every_head", [True, False])
+def test_heads_that_pay_to_their_sinks_choose_little(cpu, build_context, every_head):
+    """Tokens of the head that does not are those that are selected, if heads are compared."""
+    context = build_context([700], kind=DerivedKind.ONEBIT, heads=1, dtype=torch.float32)
+    host, tail = context.cache.host, context.complete
+    query = torch.randn(1, 2, SIZE)
+    rows = (context.block_table, context.seq_lens, tail)
+    chosen = []
+    for logits in ([-30.0, 60.0], [60.0, -30.0]):
+        indices = torch.zeros(1, 1, 20, dtype=torch.int32)
+        options = (8, 8, 700, SIZE, every_head, 1.0, 0.0, int(tail))
+        cpu.retrieve_topk(
+            indices,
+            query,
+            context.cache.derived,
+            *(host.key, host.key),
+            *rows,
+            *options,
+            torch.tensor(logits),
+        )
+        chosen.append(indices[0, 0].tolist())
+    key = reference.gather_rows(host.key, context.block_table[0], 700)[0, 8 : int(tail)]
+    for head in range(2):
+        best = (key @ query[0, head]).topk(20).indices + 8
+        assert chosen[head] == sorted(best.tolist())
