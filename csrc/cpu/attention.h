@@ -399,10 +399,6 @@ void merge_parts(const Decode& op, int64_t pair, float* partials, int64_t parts)
       Partial partial = partial_at(partials + i * size, group_heads);
       if (partial.highest[h] > highest) highest = partial.highest[h];
     }
-    if (sinks != nullptr) {
-      if (sinks[h] > highest) highest = sinks[h];
-      total = __builtin_expf(sinks[h] - highest);
-    }
     float* values = partial_at(partials, group_heads).values + h * pitch;
     for (int64_t i = 0; i < parts; ++i) {
       Partial partial = partial_at(partials + i * size, group_heads);
@@ -415,6 +411,8 @@ void merge_parts(const Decode& op, int64_t pair, float* partials, int64_t parts)
         store(values + c, fma(load(from + c), splat(factor), load(values + c) * keep));
       }
     }
+    // Beside a sink that outweighs all tokens, infinitely in floats, they are 0.
+    if (sinks != nullptr && total > 0) total += __builtin_expf(sinks[h] - highest);
     for (int64_t c = 0; c < d; ++c) {
       from_float(output + c, total > 0 ? values[c] / total : 0.0f);
     }

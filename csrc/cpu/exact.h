@@ -439,7 +439,8 @@ class Exact {
     }
   }
 
-  // Add what the sink logits weigh, beside which nothing of a group may be left: then it becomes 0.
+  // Add what the sink logits weigh. One that outweighs all tokens, infinitely in floats, makes the
+  // output 0.
   void count_sinks(const Lot& lot, int64_t group, int64_t lanes, const Softmaxes& softmaxes) const {
     const int64_t first = lot.first + group * kLanes;
     for (int64_t lane = 0; lane < lanes; ++lane) {

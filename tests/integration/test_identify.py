@@ -75,7 +75,7 @@ def expected_scores(model: Path, prompt: list[int]) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     llama = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float64, attn_implementation="eager"
+        model, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
     with torch.inference_mode():
         layers = llama(torch.tensor([prompt]), output_attentions=True).attentions
@@ -125,7 +125,7 @@ def test_windows_and_soft_caps(tmp_path: Path) -> None:
 
 
 def test_attention_sinks(tmp_path: Path) -> None:
-    changes = {"sliding_window": 128, "num_local_experts": 2, "num_experts_per_tok": 1}
+    changes = {"sliding_window": 128, "num_local_experts": 2, "num_experts_per_tok": 2}
     model = save_random_checkpoint(tmp_path / "model", "GptOss", std={"sinks": 4.0}, **changes)
     prompt = random_prompts([300], seed=7)[0]
     with recording(model, 301) as llm:

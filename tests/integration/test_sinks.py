@@ -16,13 +16,16 @@ STEPS = 24
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With sinks that outweigh all tokens of some heads, and are nothing beside those of others."""
+    """With sinks that outweigh all tokens of some heads, and are nothing beside those of others.
+
+    Every token takes both experts: a choice between them could turn on a last bit.
+    """
     return save_random_checkpoint(
         tmp_path_factory.mktemp("models") / "gpt-oss",
         "GptOss",
         std={"sinks": 4.0},
         num_local_experts=2,
-        num_experts_per_tok=1,
+        num_experts_per_tok=2,
         sliding_window=128,
     )
 
