@@ -1,6 +1,10 @@
 """Prompts as GPUs attend to them: from the K and V at hand, or staged, in pieces too."""
 
+import json
+import subprocess
+import sys
 from itertools import accumulate
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +19,19 @@ from vllm_tailorkv.kernels import reference
 from vllm_tailorkv.layout import DerivedKind
 
 HEADS, GROUP, SIZE, SCALE = 1, 2, 64, 0.125
+ROOT = Path(__file__).parents[2]
+
+
+def attended_whole(call: varlen.Call) -> None:
+    """Like an op that cannot merge: it counts sink logits itself."""
+    log_sum = attended(call)
+    if call.sink_logits is not None:
+        call.output.mul_((log_sum.T - call.sink_logits).sigmoid().unsqueeze(-1))
+
+
 OPS = {
     "merging": varlen.Varlen("plain torch", True, lambda asked: None, attended),
-    "not merging": varlen.REGISTRY[-1],
+    "not merging": varlen.Varlen("plain torch", False, lambda asked: None, attended_whole),
 }
 REQUESTS = {
     # query tokens, tokens in context
@@ -72,6 +86,16 @@ def test_equals_reference(build_context, error_of, sinks_of, op, requests):
     output = torch.full_like(query, torch.nan)
     staged.attend(Step(query, key, value, output, host, SCALE, 0.0, logits))
     assert error_of(output, expected) < 1e-5
+
+
+def test_the_op_of_vllm():
+    """Interpreted, in a process where vLLM takes Triton to be there."""
+    script = str(ROOT / "tests/support/triton_varlen.py")
+    result = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert max(json.loads(result.stdout.splitlines()[-1])) < 1e-5
 
 
 def test_an_op_that_knows_no_sinks():
