@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_tailorkv.kernels import reference
+from vllm_tailorkv.kernels import ops, reference
 from vllm_tailorkv.layout import DerivedKind
 
 LENGTHS, HEADS, GROUP, SIZE, SCALE = [700, 129, 5], 2, 4, 64, 0.125
@@ -110,3 +110,58 @@ def test_heads_that_pay_to_their_sinks_choose_little(cpu, build_context, every_h
     for head in range(2):
         best = (key @ query[0, head]).topk(20).indices + 8
         assert chosen[head] == sorted(best.tolist())
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_as_the_op_of_vllm(build_context, error_of, softcap):
+    """Prompts and decode steps of its own backend on CPUs."""
+    from vllm import _custom_ops as vllm_ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    context = build_context(LENGTHS, kind=DerivedKind.ONEBIT, dtype=torch.float32)
+    host, table, lengths = context.cache.host, context.block_table, context.seq_lens
+    isa = _get_attn_isa(torch.float32, 128, SIZE, "auto")
+    key, value = torch.zeros(len(host.key), HEADS, 2 * 128, SIZE).chunk(2, dim=2)
+    for block in range(len(host.key)):
+        rows = (part[block].transpose(0, 1).nan_to_num().contiguous() for part in host[:2])
+        slots = torch.arange(128) + block * 128
+        vllm_ops.cpu_attn_reshape_and_cache(*rows, key, value, slots, isa, kv_cache_dtype="auto")
+    counts = torch.tensor([1, 40, 5], dtype=torch.int32)
+    starts = torch.tensor([0, 1, 41, 46], dtype=torch.int32)
+    query = torch.randn(46, HEADS * GROUP, SIZE)
+    logits = torch.tensor([2.0, -30.0, 0.0, 9.0]).repeat(2)
+    schedule = vllm_ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=3,
+        num_heads=HEADS * GROUP,
+        num_kv_heads=HEADS,
+        head_dim=SIZE,
+        seq_lens=lengths,
+        dtype=torch.float32,
+        query_start_loc=starts,
+        causal=True,
+        sliding_window_size=-1,
+        isa=isa,
+        enable_kv_split=True,
+        kv_cache_dtype="auto",
+    )
+    theirs, ours = torch.empty(2, *query.shape).fill_(torch.nan)
+    vllm_ops.cpu_attention_with_kv_cache(
+        query=query,
+        key_cache=key,
+        value_cache=value,
+        output=theirs,
+        query_start_loc=starts,
+        seq_lens=lengths,
+        scale=SCALE,
+        causal=True,
+        alibi_slopes=None,
+        sliding_window=-1,
+        block_table=table,
+        softcap=softcap,
+        scheduler_metadata=schedule,
+        s_aux=logits,
+        kv_cache_dtype="auto",
+    )
+    softmax = {"scale": SCALE, "softcap": softcap, "sink_logits": logits}
+    ops.exact_attention(ours, query, *host[:2], table, starts[:-1], counts, lengths, **softmax)
+    assert error_of(ours, theirs) < 1e-5
