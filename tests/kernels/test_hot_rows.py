@@ -70,6 +70,7 @@ class Served:
             0.2,
             self.softcap,
             max(LENGTHS),
+            None,
             hot,
         )
         return output

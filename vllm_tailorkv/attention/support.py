@@ -71,8 +71,6 @@ def check_layer(config: AttentionSelectorConfig) -> None:
         _refuse("multi-head latent attention (MLA) is not supported")
     if config.attn_type != AttentionType.DECODER:
         _refuse(f"attention of type {config.attn_type!r} is not supported, only decoder attention")
-    if config.has_sink:
-        _refuse("attention sinks are not supported")
     _check_cache_dtype(config.kv_cache_dtype or "auto", config.dtype)
     if config.use_mm_prefix or config.use_non_causal:
         _refuse("attention that is not causal is not supported")
