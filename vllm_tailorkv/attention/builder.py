@@ -88,12 +88,20 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
             kv_cache_spec.layout,
             plan.config,
             len(layer_names),
+            self._sharing(),
             on_gpu=plan.on_gpu,
             first_rank=parallel.rank % parallel.tensor_parallel_size == 0,
         )
         self.guard: Guard | None = None
         if plan.config.guard_share > 0:
             self.guard = Guard(kv_cache_spec.layout, plan.config, layer_names)
+
+    def _sharing(self) -> int:
+        """How many of the layers write no K and V: they share those of another one."""
+        layers = get_layers_from_vllm_config(
+            self.vllm_config, AttentionLayerBase, self.layer_names
+        ).values()
+        return sum(layer.impl.owner is not None for layer in layers)
 
     def build(
         self,

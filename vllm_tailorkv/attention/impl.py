@@ -56,11 +56,13 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         **unsupported: object,
     ) -> None:
+        vllm_config = get_current_vllm_config()
+        plan = plan_of(vllm_config)
         given = sorted(name for name, value in unsupported.items() if value is not None)
         if alibi_slopes is not None:
             given.append("ALiBi")
-        if kv_sharing_target_layer_name is not None:
-            given.append("K/V shared across layers")
+        if kv_sharing_target_layer_name is not None and plan.on_gpu:
+            given.append("K and V shared across layers")
         if sliding_window is not None:
             given.append("a sliding window")
         if given:
@@ -74,9 +76,12 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.softcap = logits_soft_cap or 0.0
-        vllm_config = get_current_vllm_config()
-        plan = plan_of(vllm_config)
         self.config = plan.config
+        self.owner: TailorKVImpl | None = None
+        """The earlier layer whose K and V this one reads; None if it writes its own."""
+        if kv_sharing_target_layer_name is not None:
+            layers = vllm_config.compilation_config.static_forward_context
+            self.owner = layers[kv_sharing_target_layer_name].impl
         self.staging: Staging | None = None
         """Of prompts on a GPU, shared by no other layer but in its memory."""
         if plan.on_gpu:
@@ -104,6 +109,10 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         """
         self._unbind()
         if kv_cache.numel() == 0:
+            return
+        if self.owner is not None:
+            # Its pages are read through it, however often it is given others.
+            self.layer_name = layer_name
             return
         if self.spec is None:
             raise TailorKVError(
@@ -157,7 +166,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         """Write this step's K and V, derive completed groups, attend.
 
         Args:
-            query, output: [T, H, d]; key, value: [T, Hk, d].
+            query, output: [T, H, d]; key, value: [T, Hk, d], None where they are another layer's.
             attn_metadata: None in a run that only measures memory.
 
         Returns:
@@ -169,26 +178,20 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             if self.spec is not None:
                 self._keep_hot(query.device)
             return output
-        assert self.pages is not None
-        host, derived = self.pages.host, self.pages.derived
-        count = attn_metadata.num_actual_tokens
+        pages, count = self._pages(), attn_metadata.num_actual_tokens
+        if self.owner is not None:
+            key = value = query[:0]
         step = Step(
             query[:count],
             key[:count],
             value[:count],
             output[:count],
-            host,
+            pages.host,
             self.scale,
             self.softcap,
         )
-        written = (step.key, step.value, host.key, host.value, attn_metadata.slot_mapping)
-        groups, fit = attn_metadata.groups, self.config.fit_codes
-        if attn_metadata.single_tokens:
-            ops.append_tokens(*written, groups, derived, fit, self.hot)
-        else:
-            ops.write_kv(*written, host.key_rows, self.hot)
-            if len(groups):
-                ops.quantize_groups(groups, host.key, host.value, derived, fit)
+        if self.owner is None:
+            self._write(attn_metadata, pages, step)
         if attn_metadata.exact is not None:
             attn_metadata.exact.attend(step)
         if attn_metadata.decode is not None:
@@ -197,9 +200,25 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             self.observer(step.query, attn_metadata)
         return output
 
+    def _pages(self) -> Pages:
+        pages = (self.owner or self).pages
+        assert pages is not None
+        return pages
+
+    def _write(self, metadata: TailorKVMetadata, pages: Pages, step: Step) -> None:
+        host, derived = pages.host, pages.derived
+        written = (step.key, step.value, host.key, host.value, metadata.slot_mapping)
+        groups, fit = metadata.groups, self.config.fit_codes
+        if metadata.single_tokens:
+            ops.append_tokens(*written, groups, derived, fit, self.hot)
+        else:
+            ops.write_kv(*written, host.key_rows, self.hot)
+            if len(groups):
+                ops.quantize_groups(groups, host.key, host.value, derived, fit)
+
     def _decode(self, metadata: TailorKVMetadata, rows: DecodeRows, step: Step) -> None:
-        assert self.pages is not None
-        host, derived = self.pages.host, self.pages.derived
+        pages = self._pages()
+        host, derived = pages.host, pages.derived
         query = step.query[rows.tokens].contiguous()
         in_place = isinstance(rows.tokens, slice)
         result = step.output[rows.tokens] if in_place else torch.empty_like(query)
@@ -217,13 +236,13 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
                 softcap=self.softcap,
             )
         else:
-            layer = Layer(self.pages, self.config, self.scale, self.softcap, metadata.workspace)
+            layer = Layer(pages, self.config, self.scale, self.softcap, metadata.workspace)
             if self.selector is retrieve:
                 attend_retrieved(result, query, layer, rows, self.hot)
             else:
                 attend_selected(result, query, self.selector(query, layer, rows), layer, rows)
         if metadata.guard is not None:
-            layer = Layer(self.pages, self.config, self.scale, self.softcap, metadata.workspace)
+            layer = Layer(pages, self.config, self.scale, self.softcap, metadata.workspace)
             metadata.guard.look(self.layer_name, layer, query, result, rows, self.selector)
         if not in_place:
             step.output[rows.tokens] = result

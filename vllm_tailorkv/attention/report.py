@@ -77,17 +77,21 @@ def _is_told(lines: Sequence[str]) -> bool:
     return False
 
 
-def tell_plan(plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int]) -> None:
+def tell_plan(
+    plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int], sharing: Sequence[int] = ()
+) -> None:
     """Log the plan, set the metric, and make room for those of other processes.
 
     Args:
         sizing: of every worker, if that is known: bytes of a token in all its layers.
         windowed: layers with a sliding window, which are vLLM's.
+        sharing: layers that read K and V of an earlier one; some may have a sliding window.
     """
     config, layers = plan.config, plan.layers
-    dense = tuple(layer for layer in layers.dense if layer not in windowed)
-    sparse = tuple(layer for layer in layers.sparse if layer not in windowed)
-    _log_plan(plan, dense, sparse, windowed)
+    shared = tuple(layer for layer in sharing if layer not in windowed)
+    dense = tuple(layer for layer in layers.dense if layer not in (*windowed, *shared))
+    sparse = tuple(layer for layer in layers.sparse if layer not in (*windowed, *shared))
+    _log_plan(plan, dense, sparse, windowed, shared)
     tokens = sizing.block_size if sizing else 1
     values: dict[str, object] = {
         "dense_layers": ",".join(map(str, dense)),
@@ -113,10 +117,15 @@ def tell_plan(plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int]) -
 
 
 def _log_plan(
-    plan: Plan, dense: tuple[int, ...], sparse: tuple[int, ...], windowed: Sequence[int]
+    plan: Plan,
+    dense: tuple[int, ...],
+    sparse: tuple[int, ...],
+    windowed: Sequence[int],
+    shared: tuple[int, ...],
 ) -> None:
     config, layers, name = plan.config, plan.layers, plan.model.name
-    others = f"; left to vLLM: {_listed(tuple(windowed))}" if windowed else ""
+    others = f"; as the layer whose K and V they read: {_listed(shared)}" if shared else ""
+    others += f"; left to vLLM: {_listed(tuple(windowed))}" if windowed else ""
     lines = [
         f"TailorKV: dense layers (quantized to {config.bits} bit): {_listed(dense)}; sparse "
         f"layers: {_listed(sparse)}{others}; from {layers.source}.",
@@ -125,11 +134,15 @@ def _log_plan(
         f"{config.index}.",
     ]
     warnings = []
-    if ignored := tuple(sorted(set(layers.dense) - set(dense))):
-        warnings.append(
-            f"TailorKV: the profile calls layers {', '.join(map(str, ignored))} dense, which have "
-            "a sliding window and are left to vLLM."
-        )
+    for which, are in (
+        (windowed, "have a sliding window and are left to vLLM"),
+        (shared, "read K and V of an earlier layer and are of its kind"),
+    ):
+        if ignored := sorted(set(layers.dense) & set(which)):
+            warnings.append(
+                f"TailorKV: the profile calls layers {', '.join(map(str, ignored))} dense, which "
+                f"{are}."
+            )
     if layers.is_fallback:
         warnings.append(
             f"TailorKV: no profile is known for {name}, so all its layers are sparse. Where some "

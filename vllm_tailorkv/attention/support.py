@@ -2,7 +2,7 @@
 
 import torch
 from vllm import envs
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import CacheConfig, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
@@ -11,7 +11,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_tailorkv.attention.backend import TailorKVBackend
 from vllm_tailorkv.attention.budget import expected_sizing
-from vllm_tailorkv.attention.carried import carry_plan, has_full_attention
+from vllm_tailorkv.attention.carried import carry_plan, has_full_attention, sharing_layers
 from vllm_tailorkv.attention.limits import check_budgets, require_a_layer
 from vllm_tailorkv.attention.name import LOGGER, OTHER_BACKEND
 from vllm_tailorkv.attention.report import tell_plan
@@ -164,14 +164,26 @@ def _check_runner(model: ModelConfig) -> None:
         _refuse(f"{model.hf_config.model_type} keeps a recurrent state, which is not supported")
 
 
+def _check_sharing(model: ModelConfig, cache: CacheConfig) -> None:
+    """Refuse what we lack of layers that read K and V of an earlier one."""
+    if current_platform.is_cuda() and sharing_layers(model):
+        _refuse(
+            f"{model.hf_config.model_type} shares K and V across layers, which is not supported "
+            "on a GPU, only on CPUs"
+        )
+    if cache.kv_sharing_fast_prefill:
+        _refuse(
+            "prompts that leave out the layers which share K and V are not supported",
+            "leave --kv-sharing-fast-prefill out",
+        )
+
+
 def _check_attention(model: ModelConfig) -> None:
     """Refuse kinds of attention that we do not compute, as far as the configuration tells."""
     if model.use_mla:
         _refuse("multi-head latent attention (MLA) is not supported")
     if getattr(model.hf_config, "alibi", False):
         _refuse("ALiBi is not supported")
-    if getattr(model.hf_text_config, "num_kv_shared_layers", 0):
-        _refuse(f"{model.hf_config.model_type} shares K and V across layers")
     if model.is_mm_prefix_lm:
         _refuse(
             f"{model.hf_config.model_type} attends to images in both directions",
@@ -195,6 +207,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if on_gpu:
         _check_gpu(vllm_config)
     _check_attention(model)
+    _check_sharing(model, vllm_config.cache_config)
     kinds = getattr(model.hf_text_config, "layer_types", None) or []
     windowed = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
     has_windows = model.get_sliding_window() is not None
@@ -225,4 +238,4 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if has_windows:
         # Pages of different sizes fit vLLM's CPU layout in one group only.
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
-    tell_plan(plan, sizing, windowed)
+    tell_plan(plan, sizing, windowed, sharing_layers(model))
