@@ -48,6 +48,12 @@ CASES: list[tuple[str, dict[str, Any] | None, dict[str, Any], list[str]]] = [
         ["'tailor_kv'", "the key is 'tailorkv'"],
     ),
     ("embeddings", {}, {"runner": "pooling"}, ["pooling runner"]),
+    (
+        "prompts without the layers that share K and V",
+        {},
+        {"kv_sharing_fast_prefill": True},
+        ["which share K and V", "--kv-sharing-fast-prefill"],
+    ),
     ("connector", {}, {"kv_transfer_config": CONNECTOR}, ["KV connectors", "--kv-transfer-config"]),
     (
         "channels",
@@ -133,15 +139,6 @@ def test_fp8_cache_of_a_checkpoint(random_llama: Path) -> None:
             engine(random_llama, {}, dtype=dtype, hf_overrides=overrides),
         ):
             pass
-
-
-def test_shared_keys_and_values(random_llama: Path) -> None:
-    overrides = {"num_kv_shared_layers": 2}
-    with (
-        pytest.raises(TailorKVError, match="shares K and V across layers"),
-        engine(random_llama, {}, hf_overrides=overrides),
-    ):
-        pass
 
 
 def test_profile_of_this_model(random_llama: Path, tmp_path: Path) -> None:
