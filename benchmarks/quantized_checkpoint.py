@@ -67,13 +67,6 @@ def _int8(weight: Any) -> dict[str, Any]:
 def _fp8(weight: Any) -> dict[str, Any]:
     import torch  # noqa: PLC0415
 
-    scale = weight.abs().amax() / _FP8_MAX
-    return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
-
-
-def _fp8_blocks(weight: Any) -> dict[str, Any]:
-    import torch  # noqa: PLC0415
-
     blocks = weight.unflatten(1, (-1, _BLOCK)).unflatten(0, (-1, _BLOCK))
     scale = blocks.abs().amax((1, 3), keepdim=True) / _FP8_MAX
     rounded = (blocks / scale).to(torch.float8_e4m3fn)
@@ -138,7 +131,6 @@ def _compressed(form: str, weights: dict[str, Any], **activations: Any) -> dict[
 
 _INT8_OF_ROWS = {"num_bits": 8, "type": "int", "strategy": "channel"}
 _INT4_OF_GROUPS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": _GROUP}
-_FP8_CONFIG = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 
 KINDS: dict[str, Kind] = {
     "int8": Kind(
@@ -167,8 +159,14 @@ KINDS: dict[str, Kind] = {
         },
         _awq,
     ),
-    "fp8": Kind(_FP8_CONFIG, _fp8),
-    "fp8-blocks": Kind(_FP8_CONFIG | {"weight_block_size": [_BLOCK, _BLOCK]}, _fp8_blocks),
+    "fp8": Kind(
+        {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [_BLOCK, _BLOCK],
+        },
+        _fp8,
+    ),
 }
 
 

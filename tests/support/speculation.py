@@ -1,7 +1,7 @@
 """Greedy tokens of our backend with n-gram speculation, in a process of its own.
 
 Prints one line of JSON: the tokens, the rows that tailored ops served, and how many tokens were
-drafted and accepted. Usage: python speculation.py MODEL CASE
+drafted and accepted. Usage: python speculation.py MODEL CASE [DRAFT METHOD]
 """
 
 import json
@@ -53,16 +53,23 @@ class Result:
     accepted: int
 
 
-def run(model: Path, name: str, draft: Path | None = None) -> Result:
+def run(model: Path, name: str, draft: Path | None = None, method: str = "draft_model") -> Result:
     """Run one case in a process of its own.
 
     Args:
         draft: a model that drafts; without one, n-grams of the prompt do.
+        method: what vLLM calls its kind.
 
     After speculation, vLLM's CPU worker cannot start again in the same process: it trips over
     modules that speculation has imported.
     """
-    command = [sys.executable, __file__, str(model), name, *([] if draft is None else [str(draft)])]
+    command = [
+        sys.executable,
+        __file__,
+        str(model),
+        name,
+        *([] if draft is None else [str(draft), method]),
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return Result(**json.loads(done.stdout.splitlines()[-1]))
@@ -71,7 +78,7 @@ def run(model: Path, name: str, draft: Path | None = None) -> Result:
 def main(model: Path, case: Speculation, *draft: str) -> None:
     """Run our engine."""
     ngrams = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
-    drafter = {"method": "draft_model", "model": draft[0]} if draft else ngrams
+    drafter = {"model": draft[0], "method": draft[1]} if draft else ngrams
     config = {"num_speculative_tokens": 3} | drafter
     arguments = {"speculative_config": config, "disable_log_stats": False}
     with tailored_ops() as rows, engine(model, case.options, **arguments) as llm:
