@@ -190,7 +190,7 @@ def test_our_backend_where_it_serves_no_layer(
         ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "sinks"),
         ("Bloom", {"n_head": 4, "hidden_size": 256}, "ALiBi"),
         ("Mistral", {"sliding_window": 128}, "no layer with full attention"),
-        ("Mamba2", {"num_heads": 8, "head_dim": 64}, "recurrent state"),
+        ("Mamba2", {"num_heads": 8, "head_dim": 64}, "has no attention"),
     ],
 )
 def test_unsupported_model(

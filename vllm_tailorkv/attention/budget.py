@@ -19,6 +19,9 @@ def expected_sizing(vllm_config: VllmConfig, plan: Plan) -> CacheSizing | None:
     if parallel.pipeline_parallel_size > 1 or model.get_sliding_window() is not None:
         # Which layers a worker has is known there.
         return None
+    if model.is_hybrid:
+        # Recurrent layers and ours take blocks of one pool in turn.
+        return None
     layouts = {
         layer: plan.layout(
             layer,

@@ -69,6 +69,11 @@ def model_shape(vllm_config: VllmConfig) -> ModelShape:
     )
 
 
+def layer_kinds(model: ModelConfig) -> list[str]:
+    """What the model's configuration calls the kind of each layer; empty if all are alike."""
+    return getattr(model.hf_text_config, "layer_types", None) or []
+
+
 def sharing_layers(model: ModelConfig) -> range:
     """The layers that read K and V of an earlier one of their kind: the last ones, or none."""
     total = model.get_total_num_hidden_layers()

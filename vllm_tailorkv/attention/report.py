@@ -84,7 +84,7 @@ def tell_plan(
 
     Args:
         sizing: of every worker, if that is known: bytes of a token in all its layers.
-        windowed: layers with a sliding window, which are vLLM's.
+        windowed: layers with a sliding window, or a recurrent state, which are vLLM's.
         sharing: layers that read K and V of an earlier one; some may have a sliding window.
     """
     config, layers = plan.config, plan.layers
@@ -135,7 +135,7 @@ def _log_plan(
     ]
     warnings = []
     for which, are in (
-        (windowed, "have a sliding window and are left to vLLM"),
+        (windowed, "are left to vLLM"),
         (shared, "read K and V of an earlier layer and are of its kind"),
     ):
         if ignored := sorted(set(layers.dense) & set(which)):

@@ -11,7 +11,12 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_tailorkv.attention.backend import TailorKVBackend
 from vllm_tailorkv.attention.budget import expected_sizing
-from vllm_tailorkv.attention.carried import carry_plan, has_full_attention, sharing_layers
+from vllm_tailorkv.attention.carried import (
+    carry_plan,
+    has_full_attention,
+    layer_kinds,
+    sharing_layers,
+)
 from vllm_tailorkv.attention.limits import check_budgets, require_a_layer
 from vllm_tailorkv.attention.name import LOGGER, OTHER_BACKEND
 from vllm_tailorkv.attention.report import tell_plan
@@ -24,6 +29,11 @@ logger = init_logger(LOGGER)
 BLOCK_SIZE = 128
 """Tokens of a block by default: as many as the most that share a scale, and vLLM's own choice on
 CPUs, which some versions of it make in the workers only."""
+
+
+_FULL, _WINDOWED = "full_attention", "sliding_attention"
+_RECURRENT = ("linear_attention", "conv")
+"""Kinds of layers, as configurations call them."""
 
 
 def _refuse(problem: str, remedy: str = OTHER_BACKEND) -> None:
@@ -149,6 +159,19 @@ def _check_gpu(vllm_config: VllmConfig) -> None:
     _refuse(f"vLLM's first model runner ({reason}) is not supported on a GPU", remedy)
 
 
+def _check_hybrid(model: ModelConfig) -> None:
+    """Refuse recurrent layers beside ours, but those that are tested, on CPUs."""
+    kind = model.hf_config.model_type
+    if current_platform.is_cuda():
+        _refuse(f"{kind} keeps a recurrent state, which is not supported on a GPU, only on CPUs")
+    others = set(layer_kinds(model)) - {_FULL, *_RECURRENT}
+    if others or not layer_kinds(model):
+        names = ", ".join(sorted(others)) or "unnamed"
+        _refuse(
+            f"{kind} keeps a recurrent state, which is not supported with layers of kind {names}"
+        )
+
+
 def _check_runner(model: ModelConfig) -> None:
     """Refuse models that do something else than to generate text from a cache of K and V."""
     if model.runner_type == "draft":
@@ -160,8 +183,10 @@ def _check_runner(model: ModelConfig) -> None:
         _refuse(f"{model.model} is served by the {model.runner_type} runner, which writes no text")
     if model.is_encoder_decoder:
         _refuse(f"{model.hf_config.model_type} has an encoder, which is not supported")
-    if model.is_hybrid or model.is_attention_free:
-        _refuse(f"{model.hf_config.model_type} keeps a recurrent state, which is not supported")
+    if model.is_attention_free:
+        _refuse(f"{model.hf_config.model_type} has no attention")
+    if model.is_hybrid:
+        _check_hybrid(model)
 
 
 def _check_sharing(model: ModelConfig, cache: CacheConfig) -> None:
@@ -208,8 +233,9 @@ def check_engine(vllm_config: VllmConfig) -> None:
         _check_gpu(vllm_config)
     _check_attention(model)
     _check_sharing(model, vllm_config.cache_config)
-    kinds = getattr(model.hf_text_config, "layer_types", None) or []
-    windowed = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
+    kinds = layer_kinds(model)
+    windowed = [i for i, kind in enumerate(kinds) if kind == _WINDOWED]
+    recurrent = [i for i, kind in enumerate(kinds) if kind in _RECURRENT]
     has_windows = model.get_sliding_window() is not None
     if on_gpu and has_windows and (windowed or not kinds):
         _refuse_windows()
@@ -218,6 +244,12 @@ def check_engine(vllm_config: VllmConfig) -> None:
     _check_cache_scheme(model, cache_dtype)
     _check_cache_dtype(cache_dtype, model.dtype)
     plan = carry_plan(vllm_config)
+    if model.is_hybrid and plan.split:
+        _refuse(
+            f'placement="split" is not supported for {model.hf_config.model_type}, which keeps a '
+            "recurrent state",
+            'give placement="joint"',
+        )
     cache = vllm_config.cache_config
     if not cache.user_specified_block_size:
         # As if given on a GPU: workers would choose anew, with a draft model's backend a smaller
@@ -238,4 +270,4 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if has_windows:
         # Pages of different sizes fit vLLM's CPU layout in one group only.
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
-    tell_plan(plan, sizing, windowed, sharing_layers(model))
+    tell_plan(plan, sizing, windowed or recurrent, sharing_layers(model))

@@ -77,7 +77,7 @@ def _legend(profile: Profile, found: Identification) -> list[Line2D]:
                 color=_WINDOW,
                 alpha=0.3,
                 linewidth=7,
-                label="sliding window, or K and V of another",
+                label="vLLM's, or K and V of another",
             )
         )
     return handles

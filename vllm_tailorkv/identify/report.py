@@ -37,7 +37,7 @@ def print_scores(console: Console, profile: Profile) -> None:
     for index, layer in enumerate(found.layers):
         if layer is None:
             table.add_row(
-                str(index), "", "", "", "sliding window, or K and V of another layer", style="dim"
+                str(index), "", "", "", "vLLM's, or K and V of another layer", style="dim"
             )
             continue
         is_dense = index in profile.dense_layers
