@@ -69,7 +69,7 @@ def test_a_pool_of_our_own_is_refused(model: Path) -> None:
 def test_other_recurrent_layers_are_refused(model: Path) -> None:
     kinds = ["mamba", "full_attention"] * 3
     with (
-        pytest.raises(TailorKVError, match="recurrent state.*layers of kind mamba"),
+        pytest.raises(TailorKVError, match=r"recurrent state.*layers of kind mamba"),
         engine(model, {}, hf_overrides={"layer_types": kinds}),
     ):
         pass
