@@ -23,6 +23,15 @@ SHAPE: dict[str, Any] = {
     "block_ffn_dim_multiplier": 1.0,
     "block_auto_adjust_ff_dim": False,
 }
+GATED: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+CALM = {"": 0.06, "embed_tokens.weight": 0.3, "lm_head.weight": 0.15}
+"""Weights that do not amplify what two roundings to bfloat16 differ by."""
 BOTH = BOTH_EXACT | {"profile": {"dense_layers": [1, 3]}}
 PROMPTS = random_prompts([70, 130, 257, 380], seed=21)
 STEPS = 24
@@ -56,6 +65,18 @@ def test_chunks_and_preemption(model: Path, expected: Any) -> None:
     with engine(model, BOTH, **FORCIBLE, **arguments, **few) as llm:
         assert_same(decode(llm, PROMPTS, STEPS), expected)
         assert metric(llm, "num_preemptions") > 0
+
+
+def test_gated_delta_nets(tmp_path: Path) -> None:
+    """vLLM's op for them takes bfloat16 only, so both are made to say the same."""
+    model = save_random_checkpoint(tmp_path / "model", "Qwen3_5", std=CALM, **GATED)
+    arguments = FORCIBLE | {"dtype": "bfloat16"}
+    with engine(model, **arguments) as llm:
+        expected = decode(llm, PROMPTS, STEPS)
+    with tailored_ops() as rows, engine(model, BOTH, **arguments) as llm:
+        found = decode(llm, PROMPTS, STEPS, expected.tokens)
+    assert rows.dense == decode_steps(PROMPTS, STEPS)
+    assert expected.divergence(found) < 0.01
 
 
 def test_a_pool_of_our_own_is_refused(model: Path) -> None:
