@@ -49,6 +49,12 @@ CASES: list[tuple[str, dict[str, Any] | None, dict[str, Any], list[str]]] = [
     ),
     ("embeddings", {}, {"runner": "pooling"}, ["pooling runner"]),
     (
+        "scores",
+        {},
+        {"hf_overrides": {"architectures": ["LlamaForSequenceClassification"]}},
+        ["pooling runner"],
+    ),
+    (
         "prompts without the layers that share K and V",
         {},
         {"kv_sharing_fast_prefill": True},
