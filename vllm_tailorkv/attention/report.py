@@ -134,15 +134,13 @@ def _log_plan(
         f"{config.index}.",
     ]
     warnings = []
-    for which, are in (
-        (windowed, "are left to vLLM"),
-        (shared, "read K and V of an earlier layer and are of its kind"),
+    for kept, what in (
+        (windowed, "dense, which are left to vLLM."),
+        (shared, "dense, which read K and V of an earlier layer and are of its kind."),
     ):
-        if ignored := sorted(set(layers.dense) & set(which)):
-            warnings.append(
-                f"TailorKV: the profile calls layers {', '.join(map(str, ignored))} dense, which "
-                f"{are}."
-            )
+        if ignored := sorted(set(layers.dense) & set(kept)):
+            numbers = ", ".join(map(str, ignored))
+            warnings.append(f"TailorKV: the profile calls layers {numbers} {what}")
     if layers.is_fallback:
         warnings.append(
             f"TailorKV: no profile is known for {name}, so all its layers are sparse. Where some "
