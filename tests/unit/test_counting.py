@@ -142,7 +142,7 @@ def test_layers_that_share_read_and_do_not_write() -> None:
     assert value(metrics.HOST_READ, "sparse", "exact") == 3 * 2 * 450 * ROW
     assert value(metrics.HOST_READ, "sparse", "derive") == 128 * ROW
     assert value(metrics.HOST_WRITTEN, "sparse") == 2 * 153 * ROW
-    assert value(metrics.QUANTIZED_GROUPS, "sparse") == 2
+    assert value(metrics.QUANTIZED_GROUPS, "sparse") == 1
 
 
 def test_other_ranks_count_bytes_alone() -> None:
