@@ -61,7 +61,7 @@ def test_recurrent_layers(model: Path, expected: Any, options: dict[str, Any]) -
 
 def test_chunks_and_preemption(model: Path, expected: Any) -> None:
     arguments = {"max_num_batched_tokens": 128, "max_model_len": 512, "disable_log_stats": False}
-    few = {"num_gpu_blocks_override": 16}
+    few = {"num_gpu_blocks_override": 20}
     with engine(model, BOTH, **FORCIBLE, **arguments, **few) as llm:
         assert_same(decode(llm, PROMPTS, STEPS), expected)
         assert metric(llm, "num_preemptions") > 0
