@@ -5,6 +5,7 @@ tokens and threads: a prompt is read, then decode steps of one request are timed
 each:
 
     model, peer, context, threads        what ran
+    checkpoint                           with --checkpoint, its folder's name
     weights, kv                          how weights, and K and V, are encoded
     seconds_to_read                      until the first token
     seconds_per_token, min_seconds_per_token   of a decode step: median, least
@@ -24,7 +25,7 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,14 @@ def main() -> None:
     args = _arguments()
     settings = {"model": args.model, "threads": args.threads, "config": args.config}
     settings["output_tokens"] = args.output_tokens
+    peers = dict(PEERS)
+    if args.checkpoint is not None:
+        settings["checkpoint"] = args.checkpoint.name
+        for name, peer in PEERS.items():
+            if not peer.is_llama:
+                peers[name] = replace(peer, weights=args.checkpoint.name)
     try:
-        folder = models.resolve(args.model)
+        folder = args.checkpoint or models.resolve(args.model)
         output = Lines(args.json, settings)
     except (models.ModelError, OSError, ValueError) as error:
         refuse(__file__, str(error))
@@ -83,20 +90,20 @@ def main() -> None:
                 if (name, context) in there:
                     continue
                 try:
-                    found = _run(args, PEERS[name], name, folder, context)
+                    found = _run(args, peers[name], name, folder, context)
                 except (EngineError, models.ModelError) as error:
                     print(f"peers.py: {context:,} tokens, {name}: {error}", file=sys.stderr)
                     continue
-                lines.add(settings | _record(name, context, found))
+                lines.add(settings | _record(peers[name], name, context, found))
     Console(stderr=True).print(table(output.records))
 
 
-def _record(name: str, context: int, found: dict[str, Any]) -> dict[str, Any]:
+def _record(peer: Peer, name: str, context: int, found: dict[str, Any]) -> dict[str, Any]:
     return {
         "peer": name,
         "context": context,
-        "weights": PEERS[name].weights,
-        "kv": PEERS[name].kv,
+        "weights": peer.weights,
+        "kv": peer.kv,
         "seconds_to_read": round(found["first"], 3),
         "seconds_per_token": round(statistics.median(found["steps"]), 6),
         "min_seconds_per_token": round(min(found["steps"]), 6),
@@ -189,6 +196,13 @@ def _arguments() -> argparse.Namespace:
         "--model", choices=models.NAMES, default="smollm2-135m", help="made if missing"
     )
     options.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="another one of that model for tailorkv and vLLM, as quantized_checkpoint.py makes "
+        "them; the folder's name says how it keeps weights",
+    )
+    options.add_argument(
         "--context", type=numbers, default=[2048], metavar="N[,N...]", help="tokens of a prompt"
     )
     options.add_argument(
@@ -217,6 +231,8 @@ def _arguments() -> argparse.Namespace:
             options.error(f"--peers: {name} is none of {', '.join(PEERS)}")
         if PEERS[name].is_llama and not has_llama:
             options.error(f"--peers: {name} needs pip install -r requirements/peers.txt")
+    if args.checkpoint is not None and not (args.checkpoint / "config.json").is_file():
+        options.error(f"--checkpoint: {args.checkpoint} has no config.json")
     longest = models.MODELS[args.model].context
     if max(args.context) + args.output_tokens >= longest:
         options.error(f"--context: {args.model} knows {longest:,} tokens, answers included")

@@ -28,6 +28,9 @@ def _bounded(
     if not any(sizings):
         limits.require_a_layer(vllm_config)
         return planned(available_memory)
+    if vllm_config.model_config.is_hybrid:
+        # Groups of layers take blocks of one pool in turn, which vLLM alone counts.
+        return planned(available_memory)
     plan, memory = plan_of(vllm_config), list(available_memory)
     for i, sizing in enumerate(sizings):
         if sizing is not None:

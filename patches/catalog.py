@@ -1,6 +1,6 @@
 """All patches of all known vLLMs, in the order in which they are applied."""
 
-from vllm_tailorkv.patches import backend_name, block_count, layers, platform
+from vllm_tailorkv.patches import backend_name, block_count, layers, platform, shared_layers
 from vllm_tailorkv.patches.record import Patch
 
 PATCHES: tuple[Patch, ...] = (
@@ -9,6 +9,7 @@ PATCHES: tuple[Patch, ...] = (
     platform.CONFIG,
     layers.SPEC,
     layers.BIND,
+    shared_layers.PATCH,
     block_count.PATCH_0_32,
     block_count.PATCH,
 )

@@ -1,9 +1,10 @@
-"""Speculation by a model: vLLM's own backend serves the draft, ours the model it drafts for."""
+"""Speculation by a model or an EAGLE head: vLLM's own backend serves the draft, ours the model."""
 
 from pathlib import Path
 
 import pytest
 import speculation
+from eagle_head import save_eagle_head
 from engines import engine, greedy
 
 from vllm_tailorkv.errors import TailorKVError
@@ -29,6 +30,18 @@ def test_a_draft_model(random_llama: Path, draft: Path) -> None:
     result = speculation.run(random_llama, "sometimes", draft)
     assert result.tokens == expected
     assert 0 < result.accepted < result.drafted
+    assert result.tailored == 0
+
+
+def test_an_eagle_head(random_llama: Path, tmp_path: Path) -> None:
+    """It reads the model's hidden states, and keeps K and V in a layer of its own."""
+    case = speculation.CASES["sometimes"]
+    with engine(random_llama) as llm:
+        expected = greedy(llm, case.prompts, speculation.STEPS)
+    head = save_eagle_head(random_llama, tmp_path / "head")
+    result = speculation.run(random_llama, "sometimes", head, "eagle")
+    assert result.tokens == expected
+    assert result.accepted < result.drafted
     assert result.tailored == 0
 
 

@@ -24,7 +24,7 @@ def expected(random_llama: Path) -> dict[str, list[list[int]]]:
 
 def test_drafts_that_are_right(random_llama: Path, expected: dict[str, list[list[int]]]) -> None:
     """All tokens are selected, so every draft is accepted that is followed by a token."""
-    result = speculation.run(random_llama, "right", DRAFTER)
+    result = speculation.run(random_llama, "right", DRAFTER, "custom_class")
     assert result.tokens == expected["right"]
     # Rounds of three drafts and a token; fewer drafts where a block or the answer ends.
     rounds = -(-STEPS // 4)
@@ -35,7 +35,7 @@ def test_drafts_that_are_right(random_llama: Path, expected: dict[str, list[list
 
 def test_drafts_that_are_wrong(random_llama: Path, expected: dict[str, list[list[int]]]) -> None:
     """K and V, codes and indexes of rejected drafts leave nothing behind; nor do preemptions."""
-    result = speculation.run(random_llama, "wrong", DRAFTER)
+    result = speculation.run(random_llama, "wrong", DRAFTER, "custom_class")
     assert result.tokens == expected["wrong"]
     assert result.accepted < result.drafted / 2
     assert result.preempted > 0

@@ -145,6 +145,12 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ),
     ("windows", "engine", {"model": "gemma"}, ["sliding window", "not supported on a GPU"]),
     ("windows alone", "engine", {"model": "mistral"}, ["sliding window", "on a GPU"]),
+    (
+        "shared K and V",
+        "engine",
+        {"hf_overrides": {"num_kv_shared_layers": 2}},
+        ["shares K and V across layers", "on a GPU"],
+    ),
     ("latent attention", "engine", {"model": "deepseek"}, ["MLA"]),
     ("an older GPU", "on_an_older_gpu", {}, ["H100", "compute capability 7.5", "8.0 is needed"]),
     ("Triton", "without_triton", {}, ["Triton", "pip install triton"]),

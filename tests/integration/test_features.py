@@ -6,9 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-from decoding import FORCIBLE, decode
 from engines import engine, greedy, random_prompts
-from int8_checkpoint import save_int8_checkpoint
 from random_checkpoint import save_random_checkpoint
 from tailored import BOTH_EXACT, decode_steps, own_layers, tailored_ops
 from vllm.distributed.kv_events import BlockStored, KVEventBatch
@@ -75,23 +73,6 @@ def test_reloaded_weights(random_llama: Path, plain: list[list[int]], tmp_path: 
             llm.reset_prefix_cache()
             assert greedy(llm, PROMPTS, STEPS) == expected
         assert rows.total == 3 * decode_steps(PROMPTS, STEPS) * own_layers(llm)
-
-
-def test_int8_weights_and_activations(tmp_path: Path) -> None:
-    """A checkpoint of 8 bits; K and V are those of its bfloat16 model."""
-    # Weights that do not amplify what two roundings to bfloat16 differ by.
-    calm = {"": 0.06, "embed_tokens.weight": 0.3, "lm_head.weight": 0.15}
-    source = save_random_checkpoint(tmp_path / "calm", "Llama", std=calm)
-    model = save_int8_checkpoint(source, tmp_path / "int8")
-    # vLLM's kernel for it takes 16 bits only, where the CPU has AMX.
-    arguments = FORCIBLE | {"dtype": "bfloat16"}
-    with engine(model, **arguments) as llm:
-        expected = decode(llm, PROMPTS, STEPS)
-    with tailored_ops() as rows, engine(model, BOTH_EXACT, **arguments) as llm:
-        found = decode(llm, PROMPTS, STEPS, expected.tokens)
-        assert rows.total == decode_steps(PROMPTS, STEPS) * own_layers(llm)
-    assert found.tokens == expected.tokens
-    assert expected.divergence(found) < 0.01
 
 
 def stored(model: Path, options: dict[str, Any] | None, endpoint: str) -> list[BlockStored]:

@@ -48,6 +48,18 @@ CASES: list[tuple[str, dict[str, Any] | None, dict[str, Any], list[str]]] = [
         ["'tailor_kv'", "the key is 'tailorkv'"],
     ),
     ("embeddings", {}, {"runner": "pooling"}, ["pooling runner"]),
+    (
+        "scores",
+        {},
+        {"hf_overrides": {"architectures": ["LlamaForSequenceClassification"]}},
+        ["pooling runner"],
+    ),
+    (
+        "prompts without the layers that share K and V",
+        {},
+        {"kv_sharing_fast_prefill": True},
+        ["which share K and V", "--kv-sharing-fast-prefill"],
+    ),
     ("connector", {}, {"kv_transfer_config": CONNECTOR}, ["KV connectors", "--kv-transfer-config"]),
     (
         "channels",
@@ -135,15 +147,6 @@ def test_fp8_cache_of_a_checkpoint(random_llama: Path) -> None:
             pass
 
 
-def test_shared_keys_and_values(random_llama: Path) -> None:
-    overrides = {"num_kv_shared_layers": 2}
-    with (
-        pytest.raises(TailorKVError, match="shares K and V across layers"),
-        engine(random_llama, {}, hf_overrides=overrides),
-    ):
-        pass
-
-
 def test_profile_of_this_model(random_llama: Path, tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     shape = {"num_layers": 4, "num_kv_heads": 2, "head_size": 64, "dense_layers": [1, 2]}
@@ -192,7 +195,7 @@ def test_our_backend_where_it_serves_no_layer(
         ("DeepseekV2", {"qk_nope_head_dim": 64, "kv_lora_rank": 64, "q_lora_rank": None}, "MLA"),
         ("Bloom", {"n_head": 4, "hidden_size": 256}, "ALiBi"),
         ("Mistral", {"sliding_window": 128}, "no layer with full attention"),
-        ("Mamba2", {"num_heads": 8, "head_dim": 64}, "recurrent state"),
+        ("Mamba2", {"num_heads": 8, "head_dim": 64}, "has no attention"),
     ],
 )
 def test_unsupported_model(

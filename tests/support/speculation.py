@@ -1,7 +1,8 @@
 """Greedy tokens of our backend with speculation, in a process of its own.
 
 Prints one line of JSON: the tokens, the rows that tailored ops served, how many tokens were drafted
-and accepted, and how often a request was preempted. Usage: python speculation.py MODEL CASE [DRAFT]
+and accepted, and how often a request was preempted.
+Usage: python speculation.py MODEL CASE [DRAFT METHOD]
 """
 
 import json
@@ -15,8 +16,6 @@ from typing import Any
 from engines import VOCABULARY, engine, greedy, random_prompts
 from features import metric
 from tailored import BOTH_EXACT, SMALL_BUDGET, tailored_ops
-
-from vllm_tailorkv.attention.carried import DRAFTER
 
 STEPS = 16
 
@@ -67,16 +66,26 @@ class Result:
     preempted: int
 
 
-def run(model: Path, name: str, draft: Path | str | None = None) -> Result:
+def run(
+    model: Path, name: str, draft: Path | str | None = None, method: str = "draft_model"
+) -> Result:
     """Run one case in a process of its own.
 
     Args:
-        draft: a model that drafts, or our drafter; without one, n-grams of the prompt do.
+        draft: a model that drafts, or the name of our drafter; without one, n-grams of the prompt
+            do.
+        method: what vLLM calls its kind.
 
     After speculation, vLLM's CPU worker cannot start again in the same process: it trips over
     modules that speculation has imported.
     """
-    command = [sys.executable, __file__, str(model), name, *([] if draft is None else [str(draft)])]
+    command = [
+        sys.executable,
+        __file__,
+        str(model),
+        name,
+        *([] if draft is None else [str(draft), method]),
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return Result(**json.loads(done.stdout.splitlines()[-1]))
@@ -85,9 +94,7 @@ def run(model: Path, name: str, draft: Path | str | None = None) -> Result:
 def main(model: Path, case: Speculation, *draft: str) -> None:
     """Run our engine."""
     ngrams = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
-    drafter = {"method": "draft_model", "model": draft[0]} if draft else ngrams
-    if draft == (DRAFTER,):
-        drafter = {"model": DRAFTER}
+    drafter = {"model": draft[0], "method": draft[1]} if draft else ngrams
     config = {"num_speculative_tokens": 3} | drafter
     arguments = {"speculative_config": config, "disable_log_stats": False} | case.engine
     with tailored_ops() as rows, engine(model, case.options, **arguments) as llm:

@@ -136,6 +136,15 @@ def test_every_layer_and_step_counts() -> None:
     assert value(metrics.HOST_WRITTEN, "sparse") == 2 * 3 * 2 * 153 * ROW
 
 
+def test_layers_that_share_read_and_do_not_write() -> None:
+    StepCounter(ONEBIT, CONFIG, 3, 2).count(batch(QUERY_LENS, LENGTHS, PREFILLING))
+    assert value(metrics.DECODE_ROWS, "sparse") == 3 * 2
+    assert value(metrics.HOST_READ, "sparse", "exact") == 3 * 2 * 450 * ROW
+    assert value(metrics.HOST_READ, "sparse", "derive") == 128 * ROW
+    assert value(metrics.HOST_WRITTEN, "sparse") == 2 * 153 * ROW
+    assert value(metrics.QUANTIZED_GROUPS, "sparse") == 1
+
+
 def test_other_ranks_count_bytes_alone() -> None:
     """They serve the same rows, by other heads."""
     StepCounter(DENSE, CONFIG, 1, first_rank=False).count(batch(QUERY_LENS, LENGTHS, PREFILLING))

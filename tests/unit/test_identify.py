@@ -163,7 +163,7 @@ def test_table() -> None:
         print_scores(console, identified_profile())
     text = capture.get()
     assert "Dense layers: 0, 5 of 8" in text
-    assert text.count("sliding window") == 1
+    assert text.count("vLLM's, or K and V of another layer") == 1
     assert "Dense preference of [model]" in text
     assert "0.600 to 0.86" in text
     assert [len(bar(share)) for share in (0.0, 0.5, 1.0)] == [0, 15, 30]

@@ -61,6 +61,12 @@ def test_windowed_layers_are_named(lines: list[str]) -> None:
     assert "the profile calls layers 1 dense" in lines[2]
 
 
+def test_layers_that_share_are_named(lines: list[str]) -> None:
+    report.tell_plan(plan(profile={"dense_layers": [1, 3]}), SIZING, [2], [2, 3])
+    assert "): 1; sparse layers: 0; as the layer whose K and V they read: 3; left to" in lines[0]
+    assert "calls layers 3 dense, which read K and V of an earlier layer" in lines[2]
+
+
 def test_a_missing_profile_is_a_warning(lines: list[str]) -> None:
     report.tell_plan(make_plan(None, SHAPE), SIZING, [])
     assert len(lines) == 3

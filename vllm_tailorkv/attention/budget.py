@@ -7,6 +7,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from vllm_tailorkv.attention.carried import sharing_layers
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.cache.sizing import CacheSizing, size_cache
 from vllm_tailorkv.plan import Plan
@@ -18,6 +19,9 @@ def expected_sizing(vllm_config: VllmConfig, plan: Plan) -> CacheSizing | None:
     if parallel.pipeline_parallel_size > 1 or model.get_sliding_window() is not None:
         # Which layers a worker has is known there.
         return None
+    if model.is_hybrid:
+        # Recurrent layers and ours take blocks of one pool in turn.
+        return None
     layouts = {
         layer: plan.layout(
             layer,
@@ -26,7 +30,7 @@ def expected_sizing(vllm_config: VllmConfig, plan: Plan) -> CacheSizing | None:
             block_size=vllm_config.cache_config.block_size,
             kv_itemsize=get_dtype_size(model.dtype),
         )
-        for layer in range(plan.layers.num_layers)
+        for layer in range(sharing_layers(model).start)
     }
     return size_cache(layouts, 0, split=plan.split)
 

@@ -116,12 +116,14 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
             self.hot = HotMeter(device)
         parallel = vllm_config.parallel_config
         first_rank = parallel.rank % parallel.tensor_parallel_size == 0
+        sharing = sum(impl.owner is not None for impl in impls)
 
         def counter(config: TailorKVConfig) -> StepCounter:
             return StepCounter(
                 kv_cache_spec.layout,
                 config,
                 len(layer_names),
+                sharing,
                 on_gpu=plan.on_gpu,
                 first_rank=first_rank,
             )

@@ -4,7 +4,7 @@ import os
 from difflib import get_close_matches
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 
 from vllm_tailorkv.attention.memory import available_memory, local_workers
 from vllm_tailorkv.attention.name import NAME
@@ -81,6 +81,17 @@ def model_shape(vllm_config: VllmConfig) -> ModelShape:
         head_size=model.get_head_size(),
         num_heads=model.model_arch_config.total_num_attention_heads,
     )
+
+
+def layer_kinds(model: ModelConfig) -> list[str]:
+    """What the model's configuration calls the kind of each layer; empty if all are alike."""
+    return getattr(model.hf_text_config, "layer_types", None) or []
+
+
+def sharing_layers(model: ModelConfig) -> range:
+    """The layers that read K and V of an earlier one of their kind: the last ones, or none."""
+    total = model.get_total_num_hidden_layers()
+    return range(total - (getattr(model.hf_text_config, "num_kv_shared_layers", 0) or 0), total)
 
 
 def serving_device(vllm_config: VllmConfig) -> str:

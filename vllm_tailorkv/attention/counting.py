@@ -40,6 +40,9 @@ class StepCounts(NamedTuple):
     derived_written: int
 
 
+_OF_WRITERS = {"quantized_groups", "host_read_derive", "host_written", "derived_written"}
+
+
 class StepCounter:
     """Counts for the layers of one spec.
 
@@ -47,6 +50,7 @@ class StepCounter:
         layout: of their pages.
         config: the options.
         layers: how many they are.
+        sharing: how many of them read K and V of another one, and write none.
         on_gpu: whether prompts without a prefix are attended from the K and V at hand.
         first_rank: whether rows and tokens are counted here, not only bytes: tensor parallel ranks
             serve the same rows, each some heads of them.
@@ -57,12 +61,13 @@ class StepCounter:
         layout: PageLayout,
         config: TailorKVConfig,
         layers: int,
+        sharing: int = 0,
         *,
         on_gpu: bool = False,
         first_rank: bool = True,
     ) -> None:
         self.layout, self.config = layout, config
-        self.layers, self.on_gpu = layers, on_gpu
+        self.layers, self.writers, self.on_gpu = layers, layers - sharing, on_gpu
         self._row_bytes = layout.num_kv_heads * layout.head_size * layout.kv_itemsize
         used = sum(field.num_bytes for field in layout.fields.values())
         self._record_bytes = layout.num_kv_heads * used
@@ -83,8 +88,12 @@ class StepCounter:
         ]
         if layout.kind is not DerivedKind.DENSE:
             once.append(("selected_tokens", metrics.SELECTED_TOKENS, ()))
-        self._meters: list[tuple[int, Meter]] = [
-            (StepCounts._fields.index(name), meter(metric, kind, *labels))
+        self._meters: list[tuple[int, int, Meter]] = [
+            (
+                StepCounts._fields.index(name),
+                self.writers if name in _OF_WRITERS else self.layers,
+                meter(metric, kind, *labels),
+            )
             for name, metric, labels in always + (once if first_rank else [])
         ]
 
@@ -107,9 +116,9 @@ class StepCounter:
             if len(ends) and not prefilling[0] and ends[0] <= query_lens[0]:
                 return
         counts = self.of_rows(query_lens, ends, prefilling)
-        for index, one in self._meters:
-            if amount := counts[index]:
-                one.add(amount * self.layers)
+        for index, layers, one in self._meters:
+            if amount := counts[index] * layers:
+                one.add(amount)
 
     def of_rows(self, query_lens: Array, ends: Array, prefilling: Array | None) -> StepCounts:
         """What one layer does for these requests.

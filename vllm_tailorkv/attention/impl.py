@@ -62,11 +62,13 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         sinks: torch.Tensor | None = None,
         **unsupported: object,
     ) -> None:
+        vllm_config = get_current_vllm_config()
+        plan = plan_of(vllm_config)
         given = sorted(name for name, value in unsupported.items() if value is not None)
         if alibi_slopes is not None:
             given.append("ALiBi")
-        if kv_sharing_target_layer_name is not None:
-            given.append("K/V shared across layers")
+        if kv_sharing_target_layer_name is not None and plan.on_gpu:
+            given.append("K and V shared across layers")
         if sliding_window is not None:
             given.append("a sliding window")
         if given:
@@ -82,9 +84,12 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         self.softcap = logits_soft_cap or 0.0
         self.sinks = sinks
         """A parameter of the layer, of this rank's heads: its numbers are loaded later."""
-        vllm_config = get_current_vllm_config()
-        plan = plan_of(vllm_config)
         self.config = plan.config
+        self.owner: TailorKVImpl | None = None
+        """The earlier layer whose K and V this one reads; None if it writes its own."""
+        if kv_sharing_target_layer_name is not None:
+            layers = vllm_config.compilation_config.static_forward_context
+            self.owner = layers[kv_sharing_target_layer_name].impl
         self.staging: Staging | None = None
         """Of prompts on a GPU, shared by no other layer but in its memory."""
         if plan.on_gpu:
@@ -115,6 +120,10 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         """
         self._unbind()
         if kv_cache.numel() == 0:
+            return
+        if self.owner is not None:
+            # Its pages are read through it, however often it is given others.
+            self.layer_name = layer_name
             return
         if self.spec is None:
             raise TailorKVError(
@@ -168,7 +177,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         """Write this step's K and V, derive completed groups, attend.
 
         Args:
-            query, output: [T, H, d]; key, value: [T, Hk, d].
+            query, output: [T, H, d]; key, value: [T, Hk, d], None where they are another layer's.
             attn_metadata: None in a run that only measures memory.
 
         Returns:
@@ -180,27 +189,21 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             if self.spec is not None:
                 self._keep_hot(query.device)
             return output
-        assert self.pages is not None
-        host, derived = self.pages.host, self.pages.derived
-        count = attn_metadata.num_actual_tokens
+        pages, count = self._pages(), attn_metadata.num_actual_tokens
+        if self.owner is not None:
+            key = value = query[:0]
         step = Step(
             query[:count],
             key[:count],
             value[:count],
             output[:count],
-            host,
+            pages.host,
             self.scale,
             self.softcap,
             sink_logits(self.sinks),
         )
-        written = (step.key, step.value, host.key, host.value, attn_metadata.slot_mapping)
-        groups, fit = attn_metadata.groups, self.config.fit_codes
-        if attn_metadata.single_tokens:
-            ops.append_tokens(*written, groups, derived, fit, self.hot)
-        else:
-            ops.write_kv(*written, host.key_rows, self.hot)
-            if len(groups):
-                ops.quantize_groups(groups, host.key, host.value, derived, fit)
+        if self.owner is None:
+            self._write(attn_metadata, pages, step)
         if attn_metadata.exact is not None:
             attn_metadata.exact.attend(step)
         if attn_metadata.decode is not None:
@@ -209,14 +212,30 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             self.observer(step.query, attn_metadata)
         return output
 
+    def _pages(self) -> Pages:
+        pages = (self.owner or self).pages
+        assert pages is not None
+        return pages
+
+    def _write(self, metadata: TailorKVMetadata, pages: Pages, step: Step) -> None:
+        host, derived = pages.host, pages.derived
+        written = (step.key, step.value, host.key, host.value, metadata.slot_mapping)
+        groups, fit = metadata.groups, self.config.fit_codes
+        if metadata.single_tokens:
+            ops.append_tokens(*written, groups, derived, fit, self.hot)
+        else:
+            ops.write_kv(*written, host.key_rows, self.hot)
+            if len(groups):
+                ops.quantize_groups(groups, host.key, host.value, derived, fit)
+
     def _decode(self, metadata: TailorKVMetadata, rows: DecodeRows, step: Step) -> None:
-        assert self.pages is not None
-        host, derived = self.pages.host, self.pages.derived
+        pages = self._pages()
+        host, derived = pages.host, pages.derived
         query = step.query[rows.tokens].contiguous()
         in_place = isinstance(rows.tokens, slice)
         result = step.output[rows.tokens] if in_place else torch.empty_like(query)
         layer = Layer(
-            self.pages,
+            pages,
             self.config,
             step.scale,
             step.softcap,

@@ -183,6 +183,8 @@ class RecorderExtension:
         return get_tensor_model_parallel_rank(), scores
 
     def _tailorkv_layers(self) -> dict[str, TailorKVImpl]:
+        """Those whose kind is to be decided: not those that read another's K and V."""
         context = self.vllm_config.compilation_config.static_forward_context
         found = {name: getattr(layer, "impl", None) for name, layer in context.items()}
-        return {name: impl for name, impl in found.items() if isinstance(impl, TailorKVImpl)}
+        ours = {name: impl for name, impl in found.items() if isinstance(impl, TailorKVImpl)}
+        return {name: impl for name, impl in ours.items() if impl.owner is None}

@@ -78,19 +78,25 @@ def _is_told(lines: Sequence[str]) -> bool:
 
 
 def tell_plan(
-    plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int], drafts: int = 0
+    plan: Plan,
+    sizing: CacheSizing | None,
+    windowed: Sequence[int],
+    sharing: Sequence[int] = (),
+    drafts: int = 0,
 ) -> None:
     """Log the plan, set the metric, and make room for those of other processes.
 
     Args:
         sizing: of every worker, if that is known: bytes of a token in all its layers.
-        windowed: layers with a sliding window, which are vLLM's.
+        windowed: layers with a sliding window, or a recurrent state, which are vLLM's.
+        sharing: layers that read K and V of an earlier one; some may have a sliding window.
         drafts: how many tokens the model drafts for itself, 0 where it does not.
     """
     config, layers = plan.config, plan.layers
-    dense = tuple(layer for layer in layers.dense if layer not in windowed)
-    sparse = tuple(layer for layer in layers.sparse if layer not in windowed)
-    _log_plan(plan, dense, sparse, windowed, drafts)
+    shared = tuple(layer for layer in sharing if layer not in windowed)
+    dense = tuple(layer for layer in layers.dense if layer not in (*windowed, *shared))
+    sparse = tuple(layer for layer in layers.sparse if layer not in (*windowed, *shared))
+    _log_plan(plan, dense, sparse, windowed, shared, drafts)
     tokens = sizing.block_size if sizing else 1
     values: dict[str, object] = {
         "dense_layers": ",".join(map(str, dense)),
@@ -120,10 +126,12 @@ def _log_plan(
     dense: tuple[int, ...],
     sparse: tuple[int, ...],
     windowed: Sequence[int],
+    shared: tuple[int, ...],
     drafts: int,
 ) -> None:
     config, layers, name = plan.config, plan.layers, plan.model.name
-    others = f"; left to vLLM: {_listed(tuple(windowed))}" if windowed else ""
+    others = f"; as the layer whose K and V they read: {_listed(shared)}" if shared else ""
+    others += f"; left to vLLM: {_listed(tuple(windowed))}" if windowed else ""
     beyond = "beyond,"
     if drafts:
         beyond = f"beyond, full attention judges drafts of up to {drafts} tokens, for which"
@@ -135,11 +143,13 @@ def _log_plan(
         f"{config.index}.",
     ]
     warnings = []
-    if ignored := tuple(sorted(set(layers.dense) - set(dense))):
-        warnings.append(
-            f"TailorKV: the profile calls layers {', '.join(map(str, ignored))} dense, which have "
-            "a sliding window and are left to vLLM."
-        )
+    for kept, what in (
+        (windowed, "dense, which are left to vLLM."),
+        (shared, "dense, which read K and V of an earlier layer and are of its kind."),
+    ):
+        if ignored := sorted(set(layers.dense) & set(kept)):
+            numbers = ", ".join(map(str, ignored))
+            warnings.append(f"TailorKV: the profile calls layers {numbers} {what}")
     if layers.is_fallback:
         warnings.append(
             f"TailorKV: no profile is known for {name}, so all its layers are sparse. Where some "

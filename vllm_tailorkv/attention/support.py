@@ -2,7 +2,7 @@
 
 import torch
 from vllm import envs
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import CacheConfig, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
@@ -16,6 +16,8 @@ from vllm_tailorkv.attention.carried import (
     carry_plan,
     drafts_itself,
     has_full_attention,
+    layer_kinds,
+    sharing_layers,
 )
 from vllm_tailorkv.attention.limits import check_budgets, require_a_layer
 from vllm_tailorkv.attention.name import LOGGER, OTHER_BACKEND
@@ -29,6 +31,11 @@ logger = init_logger(LOGGER)
 BLOCK_SIZE = 128
 """Tokens of a block by default: as many as the most that share a scale, and vLLM's own choice on
 CPUs, which some versions of it make in the workers only."""
+
+
+_FULL, _WINDOWED = "full_attention", "sliding_attention"
+_RECURRENT = ("linear_attention", "conv")
+"""Kinds of layers, as configurations call them."""
 
 
 def _refuse(problem: str, remedy: str = OTHER_BACKEND) -> None:
@@ -152,6 +159,19 @@ def _check_gpu(vllm_config: VllmConfig) -> None:
     _refuse(f"vLLM's first model runner ({reason}) is not supported on a GPU", remedy)
 
 
+def _check_hybrid(model: ModelConfig) -> None:
+    """Refuse recurrent layers beside ours, but those that are tested, on CPUs."""
+    kind = model.hf_config.model_type
+    if current_platform.is_cuda():
+        _refuse(f"{kind} keeps a recurrent state, which is not supported on a GPU, only on CPUs")
+    others = set(layer_kinds(model)) - {_FULL, *_RECURRENT}
+    if others or not layer_kinds(model):
+        names = ", ".join(sorted(others)) or "unnamed"
+        _refuse(
+            f"{kind} keeps a recurrent state, which is not supported with layers of kind {names}"
+        )
+
+
 def _check_runner(model: ModelConfig) -> None:
     """Refuse models that do something else than to generate text from a cache of K and V."""
     if model.runner_type == "draft":
@@ -163,8 +183,24 @@ def _check_runner(model: ModelConfig) -> None:
         _refuse(f"{model.model} is served by the {model.runner_type} runner, which writes no text")
     if model.is_encoder_decoder:
         _refuse(f"{model.hf_config.model_type} has an encoder, which is not supported")
-    if model.is_hybrid or model.is_attention_free:
-        _refuse(f"{model.hf_config.model_type} keeps a recurrent state, which is not supported")
+    if model.is_attention_free:
+        _refuse(f"{model.hf_config.model_type} has no attention")
+    if model.is_hybrid:
+        _check_hybrid(model)
+
+
+def _check_sharing(model: ModelConfig, cache: CacheConfig) -> None:
+    """Refuse what we lack of layers that read K and V of an earlier one."""
+    if current_platform.is_cuda() and sharing_layers(model):
+        _refuse(
+            f"{model.hf_config.model_type} shares K and V across layers, which is not supported "
+            "on a GPU, only on CPUs"
+        )
+    if cache.kv_sharing_fast_prefill:
+        _refuse(
+            "prompts that leave out the layers which share K and V are not supported",
+            "leave --kv-sharing-fast-prefill out",
+        )
 
 
 def _check_attention(model: ModelConfig) -> None:
@@ -173,8 +209,6 @@ def _check_attention(model: ModelConfig) -> None:
         _refuse("multi-head latent attention (MLA) is not supported")
     if getattr(model.hf_config, "alibi", False):
         _refuse("ALiBi is not supported")
-    if getattr(model.hf_text_config, "num_kv_shared_layers", 0):
-        _refuse(f"{model.hf_config.model_type} shares K and V across layers")
     if model.is_mm_prefix_lm:
         _refuse(
             f"{model.hf_config.model_type} attends to images in both directions",
@@ -192,6 +226,7 @@ def _check_drafter(vllm_config: VllmConfig) -> None:
         "data parallelism of experts": parallel.data_parallel_size > 1 and model.is_moe,
         "a multimodal model": model.is_multimodal_model,
         "a sliding window": model.get_sliding_window() is not None,
+        "recurrent layers": model.is_hybrid,
     }
     for name, is_there in obstacles.items():
         if is_there:
@@ -218,8 +253,10 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if drafts_itself(vllm_config):
         _check_drafter(vllm_config)
     _check_attention(model)
-    kinds = getattr(model.hf_text_config, "layer_types", None) or []
-    windowed = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
+    _check_sharing(model, vllm_config.cache_config)
+    kinds = layer_kinds(model)
+    windowed = [i for i, kind in enumerate(kinds) if kind == _WINDOWED]
+    recurrent = [i for i, kind in enumerate(kinds) if kind in _RECURRENT]
     has_windows = model.get_sliding_window() is not None
     if on_gpu and has_windows and (windowed or not kinds):
         _refuse_windows()
@@ -228,6 +265,12 @@ def check_engine(vllm_config: VllmConfig) -> None:
     _check_cache_scheme(model, cache_dtype)
     _check_cache_dtype(cache_dtype, model.dtype)
     plan = carry_plan(vllm_config)
+    if model.is_hybrid and plan.split:
+        _refuse(
+            f'placement="split" is not supported for {model.hf_config.model_type}, which keeps a '
+            "recurrent state",
+            'give placement="joint"',
+        )
     cache = vllm_config.cache_config
     if not cache.user_specified_block_size:
         # As if given on a GPU: workers would choose anew, with a draft model's backend a smaller
@@ -251,4 +294,4 @@ def check_engine(vllm_config: VllmConfig) -> None:
     drafts = 0
     if drafts_itself(vllm_config):
         drafts = vllm_config.speculative_config.num_speculative_tokens
-    tell_plan(plan, sizing, windowed, drafts)
+    tell_plan(plan, sizing, windowed or recurrent, sharing_layers(model), drafts)

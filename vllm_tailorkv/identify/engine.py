@@ -220,7 +220,7 @@ def record_scores(
         on_progress: called now and then with the share of the work that is done, 0 to 1.
 
     Returns:
-        For each layer its score; None for layers with a sliding window.
+        For each layer its score; None for vLLM's and those with K and V of another.
     """
     with tempfile.NamedTemporaryFile(prefix="tailorkv-") as file:
         num_layers = llm.collective_rpc(

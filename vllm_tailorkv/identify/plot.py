@@ -71,7 +71,14 @@ def _legend(profile: Profile, found: Identification) -> list[Line2D]:
     )
     if None in found.layers:
         handles.append(
-            Line2D([], [], color=_WINDOW, alpha=0.3, linewidth=7, label="sliding window")
+            Line2D(
+                [],
+                [],
+                color=_WINDOW,
+                alpha=0.3,
+                linewidth=7,
+                label="vLLM's, or K and V of another",
+            )
         )
     return handles
 

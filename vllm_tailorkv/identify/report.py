@@ -36,7 +36,9 @@ def print_scores(console: Console, profile: Profile) -> None:
     table.add_column("kind")
     for index, layer in enumerate(found.layers):
         if layer is None:
-            table.add_row(str(index), "", "", "", "sliding window", style="dim")
+            table.add_row(
+                str(index), "", "", "", "vLLM's, or K and V of another layer", style="dim"
+            )
             continue
         is_dense = index in profile.dense_layers
         spread = f"{min(layer.heads):.3f} to {max(layer.heads):.3f}"
