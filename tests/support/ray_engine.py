@@ -7,6 +7,7 @@ machine. It declares GPUs that nobody has, and a platform plugin lets vLLM ask f
 
 import json
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -86,16 +87,24 @@ def main(asked: dict[str, Any], output: Path) -> None:
         output: gets what was found, as JSON.
     """
     os.environ["VLLM_USE_RAY_V2_EXECUTOR_BACKEND"] = EXECUTORS[asked["executor"]]
+    # Ray would keep one in the user's home.
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # The older one would send tensors between GPUs.
     os.environ["VLLM_USE_RAY_COMPILED_DAG_CHANNEL_TYPE"] = "shm"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         install_platform(Path(folder))
         import ray
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
         started = time.monotonic()
-        ray.init("local", num_cpus=1, num_gpus=asked["workers"], include_dashboard=False)
+        ray.init(
+            "local",
+            num_cpus=1,
+            num_gpus=asked["workers"],
+            include_dashboard=False,
+            _temp_dir=folder,
+        )
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         seconds = {"ray": time.monotonic() - started}
         arguments = EngineArgs(distributed_executor_backend="ray", **asked["engine"])
