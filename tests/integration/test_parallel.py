@@ -1,4 +1,4 @@
-"""Several processes: tensor, pipeline, expert and data parallel, two API servers."""
+"""Several processes: tensor, pipeline and data parallel, two API servers."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -88,11 +88,10 @@ def decode_rows(metrics: str) -> dict[str, float]:
     return {kind: float(count) for kind, count in re.findall(pattern, metrics, re.M)}
 
 
-EVERY_ROW = {
-    "dense": len(PROMPTS) * (STEPS - 1) * 2,
-    "sparse": len(PROMPTS) * (STEPS - 1) * 2,
-}
-"""Two layers of each kind; the first token of a request is its prompt's."""
+_BEYOND = len(PROMPTS) - 1
+EVERY_ROW = {"dense": _BEYOND * (STEPS - 1) * 2, "sparse": _BEYOND * (STEPS - 1) * 2}
+"""Of two layers of each kind. The first token of a request is its prompt's, and those of one within
+the budget are attended to in full."""
 
 
 def test_data_parallel_with_two_api_servers(
@@ -166,10 +165,8 @@ def test_four_ranks(tmp_path: Path, kv_heads: int, options: dict[str, Any]) -> N
     assert many == one
 
 
-def test_expert_parallel(tmp_path: Path) -> None:
-    """Each rank has two of four experts, and half of the heads."""
+def test_mixture_of_experts(tmp_path: Path) -> None:
+    """Each rank has half of every expert, and half of the heads."""
     model = save_random_checkpoint(tmp_path / "model", "Mixtral", num_local_experts=4)
-    one, many = one_and_many(
-        model, LONG_OPTIONS["onebit"], tensor_parallel_size=2, enable_expert_parallel=True
-    )
+    one, many = one_and_many(model, LONG_OPTIONS["onebit"], tensor_parallel_size=2)
     assert many == one

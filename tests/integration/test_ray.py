@@ -58,20 +58,23 @@ def under_ray(model: Path, folder: Path, executor: str, parallel: str) -> dict[s
         "engine": arguments,
     }
     output = folder / "found.json"
-    result = subprocess.run(
-        [sys.executable, ray_engine.__file__, json.dumps(asked), str(output)],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert output.exists(), result.stdout[-4000:] + result.stderr[-4000:]
+    log = folder / "log"
+    with log.open("wb") as file:
+        subprocess.run(
+            [sys.executable, ray_engine.__file__, json.dumps(asked), str(output)],
+            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=ray_engine.LIMIT_SECONDS + 5,
+            check=False,
+        )
+    assert output.exists(), log.read_text()[-4000:]
     found: dict[str, Any] = json.loads(output.read_text())
     return found
 
 
-@pytest.mark.parametrize(("executor", "parallel"), [("newer", "tensor"), ("older", "pipeline")])
+@pytest.mark.parametrize("parallel", PARALLEL)
+@pytest.mark.parametrize("executor", ray_engine.EXECUTORS)
 def test_ray(
     random_llama: Path, tmp_path: Path, expected: list[list[int]], executor: str, parallel: str
 ) -> None:

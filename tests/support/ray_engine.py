@@ -5,6 +5,7 @@ machine. It declares GPUs that nobody has, and a platform plugin lets vLLM ask f
 (ray_platform.py).
 """
 
+import faulthandler
 import json
 import os
 import secrets
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SUPPORT = Path(__file__).parent
+LIMIT_SECONDS = 240
 EXECUTORS = {"older": "0", "newer": "1"}
 """vLLM's two executors for Ray, by what `VLLM_USE_RAY_V2_EXECUTOR_BACKEND` calls them."""
 
@@ -86,7 +88,11 @@ def main(asked: dict[str, Any], output: Path) -> None:
             vLLM's, among them a `profile` that is a path.
         output: gets what was found, as JSON.
     """
+    # Says where it stands, if it does not end.
+    faulthandler.dump_traceback_later(LIMIT_SECONDS, exit=True)
     os.environ["VLLM_USE_RAY_V2_EXECUTOR_BACKEND"] = EXECUTORS[asked["executor"]]
+    # For `worker_state`.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     # Ray would keep one in the user's home.
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # The older one would send tensors between GPUs.
