@@ -1,8 +1,8 @@
 """An engine whose workers Ray has started: what it says, what they know, and how one's end is told.
 
-For a process of its own: Ray and vLLM leave threads and settings behind. The cluster is this
-machine. It declares GPUs that nobody has, and a platform plugin lets vLLM ask for them
-(ray_platform.py).
+For `tests/integration/ray_check.py`, in a process of its own: Ray and vLLM leave threads and
+settings behind. The cluster is this machine. It declares GPUs that nobody has, and a platform
+plugin lets vLLM ask for them (`ray_platform.py`).
 """
 
 import faulthandler

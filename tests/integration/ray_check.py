@@ -1,4 +1,10 @@
-"""Workers that Ray starts, under both of vLLM's executors for it."""
+"""Workers that Ray starts, under both of vLLM's executors for it.
+
+Not among the tests: Ray is 80 MB, and its engines take minutes.
+
+    pip install -r requirements/ray.txt
+    python -m pytest tests/integration/ray_check.py
+"""
 
 import json
 import os
