@@ -52,7 +52,7 @@ _STAGES: dict[str, Any] = {
     "compilation_config": {"mode": 1, "backend": "eager"},
 }
 """Those of several pipeline stages: vLLM makes what passes between them in a warm-up, which it
-leaves out on CPUs where nothing is to be compiled. Dynamo alone costs a second or two."""
+leaves out on CPUs where nothing is to be compiled. Dynamo traces here, for no compiler."""
 
 
 @dataclass(frozen=True)
