@@ -62,8 +62,10 @@ def noted(function: Callable[P, T]) -> Callable[P, T]:
             owner, _, path = os.environ.get(_FILE, "").partition(":")
             # In the first process the error itself arrives where it is read.
             if path and owner != str(os.getpid()):
-                with contextlib.suppress(OSError):
-                    Path(path).write_text(str(error))
+                # On another machine there is no such file, and none is left there.
+                with contextlib.suppress(OSError), Path(path).open("r+") as file:
+                    file.write(str(error))
+                    file.truncate()
             raise
 
     return run

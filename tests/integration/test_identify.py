@@ -180,10 +180,11 @@ def test_designed_layers_and_the_plan_they_make(demo_model: Path, tmp_path: Path
     assert "\n" not in str(caught.value)
 
 
-def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_command(*arguments: str, cores: str = "auto") -> subprocess.CompletedProcess[str]:
     """Run the command as a user does, vLLM's processes included."""
     command = [str(Path(sys.executable).parent / "vllm-tailorkv"), "identify", *arguments]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "VLLM_"))}
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = cores
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -204,6 +205,23 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
     assert "Dense layers:" in result.stdout
     assert f"Profile: {profile}" in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ranks_and_stages(model: Path, tmp_path: Path) -> None:
+    """Two stages of two ranks measure what one worker does."""
+    one = identify(model, tmp_path / "one.json", dtype="float32").identified
+    many_file = tmp_path / "many.json"
+    result = run_command(
+        *(str(model), "--output", str(many_file), "--prompt-tokens", "2000", "--dtype", "float32"),
+        *("--tensor-parallel-size", "2", "--pipeline-parallel-size", "2"),
+        cores="0|1|0|1",
+    )
+    assert result.returncode == 0, result.stderr
+    many = load_profile(many_file).identified
+    assert one is not None
+    assert many is not None
+    assert (heads_of(one.layers) - heads_of(many.layers)).abs().max() < 1e-5
+    assert many.model_copy(update={"layers": one.layers}) == one
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Servers of several processes: tensor, pipeline and data parallel, two API servers."""
+"""Several processes: tensor, pipeline and data parallel, two API servers."""
 
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from server_log import assert_brief
 
 from vllm_tailorkv.demo.server import MODEL_NAME, ServerOptions, VllmServer
 
-PROMPTS = random_prompts([300, 350, 420, 500], seed=31)
-"""So short that every token is a candidate: other batches change last bits, and nothing else."""
+PROMPTS = random_prompts([100, 300, 350, 420, 500], seed=31)
+"""Within the budget, and beyond it. So short that every token is a candidate: other batches and
+other sums over ranks change last bits, and nothing else."""
 STEPS = 24
 OPTIONS = {"preset": "fast", "full_attention_below": 0} | LONG_OPTIONS["onebit"]
 
@@ -86,11 +88,10 @@ def decode_rows(metrics: str) -> dict[str, float]:
     return {kind: float(count) for kind, count in re.findall(pattern, metrics, re.M)}
 
 
-EVERY_ROW = {
-    "dense": len(PROMPTS) * (STEPS - 1) * 2,
-    "sparse": len(PROMPTS) * (STEPS - 1) * 2,
-}
-"""Two layers of each kind; the first token of a request is its prompt's."""
+_BEYOND = len(PROMPTS) - 1
+EVERY_ROW = {"dense": _BEYOND * (STEPS - 1) * 2, "sparse": _BEYOND * (STEPS - 1) * 2}
+"""Of two layers of each kind. The first token of a request is its prompt's, and those of one within
+the budget are attended to in full."""
 
 
 def test_data_parallel_with_two_api_servers(
@@ -108,39 +109,64 @@ def test_data_parallel_with_two_api_servers(
     assert_brief(server)
 
 
-def test_pipeline_parallel(serve: Callable[..., VllmServer], expected: list[list[int]]) -> None:
-    """The layers of the first stage are all dense, those of the second all sparse."""
-    # Without a warm-up the second stage of vLLM on a CPU fails at the first request.
+def test_tensor_and_pipeline_parallel(
+    serve: Callable[..., VllmServer], expected: list[list[int]]
+) -> None:
+    """Two stages of two ranks, which have a KV head each. The layers of the first stage are all
+    dense, those of the second all sparse."""
     with pytest.MonkeyPatch.context() as patch:
+        # Without a warm-up the second stage of vLLM on a CPU fails at the first request.
         patch.delenv("VLLM_CPU_CI_ENV")
-        compilation = '{"mode": 1, "backend": "eager"}'
-        server = serve("--pipeline-parallel-size", "2", "--compilation-config", compilation)
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1|0|1")
+        server = serve(
+            *("--tensor-parallel-size", "2", "--pipeline-parallel-size", "2"),
+            *("--compilation-config", '{"mode": 1, "backend": "eager"}'),
+        )
     assert answers(server) == expected
+    # Rows count on one rank of a stage.
     assert decode_rows(httpx.get(f"{server.url}/metrics").text) == EVERY_ROW
     assert_brief(server)
 
 
-@pytest.mark.parametrize("placement", ["joint", "split"])
-def test_tensor_parallel(
-    serve: Callable[..., VllmServer], expected: list[list[int]], placement: str
+def test_tensor_parallel_with_split_placement(
+    serve: Callable[..., VllmServer], expected: list[list[int]]
 ) -> None:
-    """Each worker has one of the two KV heads, and pages of its own."""
-    server = serve("--tensor-parallel-size", "2", "--enforce-eager", placement=placement)
+    """Each worker has pages and a pool of its own."""
+    server = serve("--tensor-parallel-size", "2", "--enforce-eager", placement="split")
     assert answers(server) == expected
     # Rows count on one rank.
     assert decode_rows(httpx.get(f"{server.url}/metrics").text) == EVERY_ROW
     plan = server.plan()
     assert plan is not None
-    assert plan.placement == placement
+    assert plan.placement == "split"
     assert_brief(server)
 
 
-def test_tensor_parallel_with_one_kv_head(serve: Callable[..., VllmServer], tmp_path: Path) -> None:
-    """Both workers have the same KV head. Each selects for its own query heads, so that all is
-    selected here."""
-    model = save_random_checkpoint(tmp_path / "model", "Llama", num_key_value_heads=1)
-    everything = {"topk_tokens": 1024}
-    with engine(model, LONG_OPTIONS["onebit"] | everything) as llm:
-        one_worker = greedy(llm, PROMPTS, STEPS)
-    server = serve("--tensor-parallel-size", "2", "--enforce-eager", model=model, **everything)
-    assert answers(server) == one_worker
+def one_and_many(model: Path, options: dict[str, Any], **parallel: Any) -> list[list[list[int]]]:
+    """What one worker says, and what several say."""
+    with engine(model, options) as llm:
+        one = greedy(llm, PROMPTS, STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        cores = islice(cycle("01"), parallel["tensor_parallel_size"])
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(cores))
+        with engine(model, options, **parallel) as llm:
+            return [one, greedy(llm, PROMPTS, STEPS)]
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "options"), [(4, {}), (2, {"topk_tokens": 1024})], ids=["split", "replicated"]
+)
+def test_four_ranks(tmp_path: Path, kv_heads: int, options: dict[str, Any]) -> None:
+    """Each has one query head. Two that have the same KV head select for their own query heads, so
+    that all is selected there."""
+    model = save_random_checkpoint(tmp_path / "model", "Llama", num_key_value_heads=kv_heads)
+    options = LONG_OPTIONS["onebit"] | options
+    one, many = one_and_many(model, options, tensor_parallel_size=4)
+    assert many == one
+
+
+def test_mixture_of_experts(tmp_path: Path) -> None:
+    """Each rank has half of every expert, and half of the heads."""
+    model = save_random_checkpoint(tmp_path / "model", "Mixtral", num_local_experts=4)
+    one, many = one_and_many(model, LONG_OPTIONS["onebit"], tensor_parallel_size=2)
+    assert many == one

@@ -110,6 +110,11 @@ def _check_engine_options(vllm_config: VllmConfig) -> None:
         _refuse("KV connectors are not supported", "leave --kv-transfer-config out")
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         _refuse("context parallelism is not supported", "use tensor or pipeline parallelism")
+    if current_platform.is_cpu() and parallel.enable_expert_parallel:
+        _refuse(
+            "with expert parallelism vLLM's own op for experts answers wrongly on CPUs",
+            "leave --enable-expert-parallel out: tensor parallelism divides every expert",
+        )
     if vllm_config.attention_config.hisparse_config is not None:
         _refuse("HiSparse is another retrieval scheme", "use one of the two")
 

@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
     engine = parser.add_argument_group("vLLM's engine, as you will serve the model")
     engine.add_argument("--tensor-parallel-size", type=_positive, default=1, metavar="N")
+    engine.add_argument("--pipeline-parallel-size", type=_positive, default=1, metavar="N")
     engine.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     engine.add_argument("--quantization", metavar="METHOD", help="default: the model's own")
     engine.add_argument(
@@ -191,6 +192,7 @@ def _require_writable(option: str, path: Path) -> None:
 def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     arguments = {
         "tensor_parallel_size": options.tensor_parallel_size,
+        "pipeline_parallel_size": options.pipeline_parallel_size,
         "dtype": options.dtype,
         "trust_remote_code": options.trust_remote_code,
     }

@@ -13,6 +13,7 @@ from typing import Any
 import vllm
 from vllm import LLM, EngineArgs, SamplingParams
 from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed.utils import get_pp_indices
 from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.utils.torch_utils import get_dtype_size
@@ -45,6 +46,13 @@ OURS: dict[str, Any] = {
     "disable_log_stats": True,
 }
 """Arguments of vLLM's engine that a recording needs."""
+
+_STAGES: dict[str, Any] = {
+    "enforce_eager": False,
+    "compilation_config": {"mode": 1, "backend": "eager"},
+}
+"""Those of several pipeline stages: vLLM makes what passes between them in a warm-up, which it
+leaves out on CPUs where nothing is to be compiled. Dynamo traces here, for no compiler."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,9 @@ def encoder(model_config: ModelConfig) -> Encode:
 
 def _cache_bytes(model_config: ModelConfig, arguments: Mapping[str, Any], length: int) -> int:
     """What one worker needs to hold `length` tokens of every layer, and vLLM's null block."""
-    ranks = arguments.get("tensor_parallel_size", 1)
+    ranks, stages = (arguments.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+    layers = model_config.get_total_num_hidden_layers()
+    bounds = [get_pp_indices(layers, stage, stages) for stage in range(stages)]
     layout = page_layout(
         load_config(_OPTIONS),
         DerivedKind.CHANNELS,
@@ -133,7 +143,7 @@ def _cache_bytes(model_config: ModelConfig, arguments: Mapping[str, Any], length
     )
     blocks = ceil(length / layout.block_size) + 2
     page = layout.host_bytes + layout.derived_bytes
-    return blocks * page * model_config.get_total_num_hidden_layers()
+    return blocks * page * max(end - start for start, end in bounds)
 
 
 @contextmanager
@@ -146,13 +156,16 @@ def open_engine(
         TailorKVError: vLLM or this backend cannot serve the model.
     """
     length = options.max_model_len or prompt_tokens + 1
-    arguments = {"use_tqdm_on_load": False, **options.arguments}
-    if current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        # vLLM would take most of the machine's memory.
-        needed = _cache_bytes(model_config, arguments, length)
-        arguments.setdefault("kv_cache_memory_bytes", needed)
+    arguments = {"use_tqdm_on_load": False, **OURS}
+    if options.arguments.get("pipeline_parallel_size", 1) > 1:
+        arguments |= _STAGES
+    arguments |= options.arguments
     with _blamed(options.model):
-        llm = LLM(model=options.model, max_model_len=length, **arguments, **OURS)
+        if current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            # vLLM would take most of the machine's memory.
+            needed = _cache_bytes(model_config, arguments, length)
+            arguments.setdefault("kv_cache_memory_bytes", needed)
+        llm = LLM(model=options.model, max_model_len=length, **arguments)
     try:
         yield llm
     finally:
