@@ -7,7 +7,7 @@ outside the addressed tokens shows in its result.
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -206,6 +206,17 @@ class Context:
 
 
 def make_context(lengths: list[int], seed: int = 0, **kwargs: object) -> Context:
+    """A context of the test's own."""
+    made = _context(tuple(lengths), seed, tuple(kwargs.items()))
+    return Context(made.cache.clone(), made.block_table.clone(), made.seq_lens.clone())
+
+
+# The reference is slow, and a test asks for the same context with every implementation.
+@lru_cache(maxsize=32)
+def _context(
+    lengths: tuple[int, ...], seed: int, options: tuple[tuple[str, object], ...]
+) -> Context:
+    kwargs = dict(options)
     generator = torch.Generator().manual_seed(seed)
     block_size = int(str(kwargs.get("block_size", 128)))
     counts = [-(-length // block_size) for length in lengths]

@@ -96,8 +96,10 @@ def test_equal_scores_go_by_position(cpu, build_context, threads, kind, value):
     host, derived = context.cache.host, context.cache.derived
     host.key.fill_(0)
     host.key[..., 0] = value
-    groups = torch.arange(host.key.shape[0] * context.cache.layout.groups_per_block)
+    groups = torch.arange(context.cache.layout.groups_per_block)
     reference.quantize_groups(groups, host.key, host.key, derived)
+    # All blocks are the same.
+    context.cache.raw[1:] = context.cache.raw[0]
     query = torch.zeros(1, 2, 1, 64)
     query[..., 0] = 1.0
     threads(4)
