@@ -5,6 +5,7 @@ outside the addressed tokens shows in its result.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -50,6 +51,17 @@ def available_isas() -> list[str]:
 EXACT_ISAS = available_isas()
 ISAS = [name for name in EXACT_ISAS if name not in BF16_ISAS]
 TRITON = ["triton-device", "triton-pinned"] if torch.cuda.is_available() else ["triton-interpreted"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of what Triton's interpreter takes long for, two of three cases are slow."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        if item.get_closest_marker("interpreted") and "triton-interpreted" in item.name:
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % 3:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 @dataclass(frozen=True)

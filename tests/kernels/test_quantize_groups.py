@@ -50,6 +50,7 @@ def quantized(build_cache, fit, groups, **options):
     return cache, expected
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("fit", [False, True])
 @pytest.mark.parametrize(("kind", "bits"), KINDS)
 @pytest.mark.parametrize(("dtype", "key_layout", "head_size", "block_size", "group_size"), CASES)
@@ -177,6 +178,7 @@ def test_negative_groups_are_none(fast, build_cache, kind):
         assert torch.equal(actual.raw, expected.raw)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("kind", "bits"), KINDS)
 @pytest.mark.parametrize(("dtype", "key_layout", "head_size", "block_size", "group_size"), CASES)
 def test_appended_tokens(

@@ -47,6 +47,7 @@ def run(function, context, query, tail_start, softcap=0.0):
     return output
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     (
         *("dtype", "key_layout", "heads", "per_head", "head_size", "block_size", "group_size"),

@@ -83,6 +83,7 @@ def in_triton(monkeypatch):
     dispatch.forget()
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("kind", [DerivedKind.ONEBIT, DerivedKind.CHANNELS])
 @pytest.mark.parametrize(
     ("k", "candidates", "dtype", "heads", "group", "softcap"),
