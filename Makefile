@@ -10,7 +10,7 @@ TOKENS ?=
 NEEDLES ?= 8
 # Options of tailorkv as JSON, for instance CONFIG='{"preset": "fast", "bits": 1}'
 CONFIG ?=
-# Paths of tests to run; default: all, those that start engines in a process of their own
+# Paths of tests that `make test` runs in full; default: what is quick
 TESTS ?=
 # Shapes that each op is tried with under sanitizers
 EXAMPLES ?= 100
@@ -25,10 +25,10 @@ CPP_SOURCES = $(shell find csrc tests/support -name '*.cpp' -o -name '*.h' -o -n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test contract sanitize lint clean
+.PHONY: help install demo test test-all contract sanitize lint clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "Variables: MODEL, TOKENS, NEEDLES and CONFIG (demo), TESTS (test),"
 	@echo "           EXAMPLES (sanitize), PYTHON, VENV"
 
@@ -39,9 +39,14 @@ demo: install $(if $(MODEL),$(STAMPS)/models) ## questions on a long text, with 
 		$(if $(TOKENS),--tokens $(TOKENS)) --needles $(NEEDLES) \
 		--cache-dir .demo $(if $(CONFIG),--config '$(CONFIG)')
 
-test: install $(STAMPS)/dev ## run the tests
-	$(if $(TESTS),,$(BIN)/python -m pytest --ignore=tests/integration tests)
-	$(BIN)/python -m pytest $(or $(TESTS),tests/integration)
+# Tests that start engines have a process of their own: tests/integration/conftest.py says why.
+test: install $(STAMPS)/dev ## run the quick tests, and one server; or those of TESTS
+	$(if $(TESTS),,$(BIN)/python -m pytest -m 'not slow' --ignore=tests/integration tests)
+	$(BIN)/python -m pytest $(or $(TESTS),-m 'not slow' tests/integration/test_serve.py)
+
+test-all: install $(STAMPS)/dev ## run all tests, which start many engines
+	$(BIN)/python -m pytest --ignore=tests/integration tests
+	$(BIN)/python -m pytest tests/integration
 
 contract: install $(STAMPS)/dev ## compare with the sources of all vLLM versions we know
 	$(BIN)/python -m pytest tests/contract

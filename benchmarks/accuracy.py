@@ -29,10 +29,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Read when vLLM and OpenMP are loaded. Spinning threads would keep others from the cores.
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# Of vLLM's processes, where libraries warn of each other.
-os.environ.setdefault("PYTHONWARNINGS", "ignore")
+from vllm_tailorkv.quiet import quiet
+
+# Before vLLM and OpenMP are loaded. Spinning threads would keep others from the cores.
+quiet()
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from accuracy.deadline import Deadline, OutOfTime

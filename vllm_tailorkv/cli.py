@@ -5,7 +5,10 @@ import sys
 from collections.abc import Sequence
 
 import vllm_tailorkv
-from vllm_tailorkv.quiet import quiet
+from vllm_tailorkv.quiet import quiet, stay_quiet
+
+# vLLM's processes import the program that started them, and then vLLM.
+stay_quiet()
 
 EXAMPLES = """\
 examples:

@@ -1,11 +1,14 @@
-"""How a `TailorKVError` that nobody catches ends: with one line, the last that the user reads.
+"""What all processes of a program would say, said once.
 
-vLLM's processes end one after the other, each with tracebacks of its own. So a process notes the
-error in a file that the first process names, and the program says it at the very end.
+A `TailorKVError` that nobody catches ends with one line, the last that the user reads: vLLM's
+processes end one after the other, each with tracebacks of its own, so a process notes the error in
+a file that the first process names, and the program says it at the very end. Beside that file lies
+an empty one for each warning that one of the processes has given.
 """
 
 import atexit
 import contextlib
+import hashlib
 import os
 import sys
 import tempfile
@@ -71,6 +74,20 @@ def noted(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
+def is_first_to_say(message: str) -> bool:
+    """Whether no process of this program, on this machine, has said so before; notes that it is."""
+    path = os.environ.get(_FILE, "").partition(":")[2]
+    if not path:
+        return True
+    digest = hashlib.sha256(message.encode()).hexdigest()[:16]
+    try:
+        os.close(os.open(f"{path}.{digest}", os.O_CREAT | os.O_EXCL))
+    except OSError as error:
+        # Where no file can be made: better twice than never.
+        return not isinstance(error, FileExistsError)
+    return True
+
+
 def _take_note() -> str | None:
     """What a process wrote down, once."""
     path = Path(os.environ[_FILE].partition(":")[2])
@@ -83,5 +100,6 @@ def _take_note() -> str | None:
 
 
 def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()
+    for file in path.parent.glob(f"{path.name}*"):
+        with contextlib.suppress(OSError):
+            file.unlink()

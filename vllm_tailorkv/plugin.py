@@ -26,7 +26,8 @@ def register() -> None:
         from vllm_tailorkv.patches.unknown_vllm import refuse_selection  # noqa: PLC0415
 
         refuse_selection(error)
-        logging.getLogger("vllm").warning("TailorKV is off: %s", error)
+        if failures.is_first_to_say(str(error)):
+            logging.getLogger("vllm").warning("TailorKV is off: %s", error)
         return
     from vllm_tailorkv.patches.backend_name import backend_member  # noqa: PLC0415
 

@@ -209,6 +209,7 @@ def start(
         enable_prefix_caching=True,
         enforce_eager=True,
         disable_log_stats=True,
+        use_tqdm_on_load=False,
         logits_processors=[ScriptedTokens],
         **ours,
     )

@@ -1,6 +1,6 @@
 """Settings and fixtures of the tests that start engines.
 
-They run in a pytest process of their own (`make test` sees to that): vLLM's CPU worker
+They run in a pytest process of their own (the Makefile sees to that): vLLM's CPU worker
 binds the threads of the process it lives in.
 """
 

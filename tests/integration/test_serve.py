@@ -183,6 +183,7 @@ def run_bench(*arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_bench_serve(server: VllmServer, demo_model: Path) -> None:
     output = run_bench(
         *("serve", "--base-url", server.url, "--model", "demo"),
@@ -192,6 +193,7 @@ def test_bench_serve(server: VllmServer, demo_model: Path) -> None:
     assert re.search(r"Successful requests: +4\b", output)
 
 
+@pytest.mark.slow
 def test_bench_throughput(demo_model: Path, tmp_path: Path) -> None:
     result = tmp_path / "throughput.json"
     run_bench(

@@ -5,9 +5,10 @@ outside the addressed tokens shows in its result.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -50,6 +51,17 @@ def available_isas() -> list[str]:
 EXACT_ISAS = available_isas()
 ISAS = [name for name in EXACT_ISAS if name not in BF16_ISAS]
 TRITON = ["triton-device", "triton-pinned"] if torch.cuda.is_available() else ["triton-interpreted"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of what Triton's interpreter takes long for, two of three cases are slow."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        if item.get_closest_marker("interpreted") and "triton-interpreted" in item.name:
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % 3:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 @dataclass(frozen=True)
@@ -217,6 +229,17 @@ class Context:
 
 
 def make_context(lengths: list[int], seed: int = 0, **kwargs: object) -> Context:
+    """A context of the test's own."""
+    made = _context(tuple(lengths), seed, tuple(kwargs.items()))
+    return Context(made.cache.clone(), made.block_table.clone(), made.seq_lens.clone())
+
+
+# The reference is slow, and a test asks for the same context with every implementation.
+@lru_cache(maxsize=32)
+def _context(
+    lengths: tuple[int, ...], seed: int, options: tuple[tuple[str, object], ...]
+) -> Context:
+    kwargs = dict(options)
     generator = torch.Generator().manual_seed(seed)
     block_size = int(str(kwargs.get("block_size", 128)))
     counts = [-(-length // block_size) for length in lengths]

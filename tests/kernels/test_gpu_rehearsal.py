@@ -14,6 +14,7 @@ from vllm_tailorkv.kernels import composed, cpu, dispatch
 ROOT = Path(vllm_tailorkv.__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_rehearsal(tmp_path):
     if cpu.unavailable():
         pytest.skip("no C++ extension")
@@ -36,6 +37,7 @@ def test_rehearsal(tmp_path):
     assert all(error < 1e-2 for error in layers.values())
 
 
+@pytest.mark.slow
 def test_sweep_of_launch_options(tmp_path):
     results = tmp_path / "sweep.jsonl"
     script = ROOT / "benchmarks/gpu/sweep.py"

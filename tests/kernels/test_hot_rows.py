@@ -10,6 +10,8 @@ from vllm_tailorkv.kernels import triton as triton_module
 from vllm_tailorkv.kernels.types import HotRows
 from vllm_tailorkv.layout import DerivedKind, KeyLayout
 
+pytestmark = pytest.mark.interpreted
+
 LENGTHS = [150, 1, 0, 131]
 SINKS, TOPK = 8, 24
 

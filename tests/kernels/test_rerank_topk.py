@@ -74,6 +74,7 @@ def check(
                 assert lightest >= max(left_out) * (1 - 1e-4) - 1e-37
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("key_layout", list(KeyLayout))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(1, 64), (4, 80), (8, 96), (3, 128), (4, 256)])

@@ -67,6 +67,7 @@ def test_faults_are_seen(monkeypatch, isa, fault):
     assert FAULTS[fault] in sanitize.report_of(fault)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sanitize.active(), reason="runs under sanitizers already")
 def test_ops_have_none():
     """A part of `make sanitize`."""

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import vllm_tailorkv
 
 ROOT = Path(vllm_tailorkv.__file__).parent.parent
@@ -27,6 +29,7 @@ SPILLING = {
 SPILLED_BYTES = 3200
 
 
+@pytest.mark.slow
 def test_spills(tmp_path):
     path = tmp_path / "registers.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

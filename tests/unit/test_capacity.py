@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -70,7 +72,8 @@ def _levels_of_logs() -> Iterator[None]:
     """The command quiets others; tests that follow hear them again."""
     loggers = [logging.getLogger(name) for name in ("vllm", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
-    yield
+    with mock.patch.dict(os.environ):
+        yield
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
 

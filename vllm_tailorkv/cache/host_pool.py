@@ -14,6 +14,7 @@ from vllm_tailorkv.cache.huge_pages import advise_huge_pages
 from vllm_tailorkv.cache.memory import available_memory
 from vllm_tailorkv.cache.numa import node_of, prefer_node
 from vllm_tailorkv.errors import TailorKVError
+from vllm_tailorkv.failures import is_first_to_say
 from vllm_tailorkv.layout import GIB, PageLayout
 
 logger = logging.getLogger("vllm.tailorkv")
@@ -157,9 +158,9 @@ def _unregister(registered: list[torch.Tensor], device: torch.device) -> None:
             finally:
                 kept = [int(runtime.cudaHostUnregister(part.data_ptr())) for part in registered]
         if any(kept):
-            logger.warning("TailorKV: a host pool stays pinned (CUDA error %d).", max(kept))
+            _warn_once(f"TailorKV: a host pool stays pinned (CUDA error {max(kept)}).")
     except Exception as error:
-        logger.warning("TailorKV: the end of a host pool failed: %s", error)
+        _warn_once(f"TailorKV: the end of a host pool failed: {error}")
 
 
 def _no_memory(size: int, reason: str = "") -> TailorKVError:
@@ -172,4 +173,6 @@ def _no_memory(size: int, reason: str = "") -> TailorKVError:
 
 @cache
 def _warn_once(message: str) -> None:
-    logger.warning(message)
+    """Warn once of what is so for every layer, and in every worker of this machine."""
+    if is_first_to_say(message):
+        logger.warning(message)
