@@ -90,6 +90,7 @@ def retrieve_topk(
     scale: float,
     softcap: float,
     max_tail_start: int,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """See `ops.retrieve_topk`."""
     rows, heads = query.shape[0], key_cache.shape[1]
@@ -109,6 +110,7 @@ def retrieve_topk(
             sink_tokens=sink_tokens,
             scale=scale,
             softcap=softcap,
+            sink_logits=sink_logits,
         )
     queries = grouped * scale if by_head else grouped.mean(2, keepdim=True)
     offset = -mass.view(grouped.shape[:3]) if by_head else queries.new_zeros(rows, heads, 1)
@@ -158,6 +160,7 @@ def retrieve_attention(
     scale: float,
     softcap: float,
     max_tail_start: int,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """See `ops.retrieve_attention`."""
     shape = (len(query), key_cache.shape[1], min(topk, max_tail_start))
@@ -179,6 +182,7 @@ def retrieve_attention(
         scale=scale,
         softcap=softcap,
         max_tail_start=max_tail_start,
+        sink_logits=sink_logits,
     )
     ops.sparse_decode_attention(
         output,
@@ -192,4 +196,5 @@ def retrieve_attention(
         sink_tokens=sink_tokens,
         scale=scale,
         softcap=softcap,
+        sink_logits=sink_logits,
     )

@@ -10,6 +10,10 @@ ops do, unless VLLM_TAILORKV_CHECK_VALUES=1: then the C++ ops check them all.
 Positions: a row with `seq_len = L` tokens in context, this step's token included, has
 *sinks* `[0, sink_tokens)`, a *middle* `[sink_tokens, tail_start)` and an exact *tail*
 `[tail_start, L)`. Every group that overlaps the middle is complete.
+
+`sink_logits`, float32 [H], contiguous and finite, is what models call attention sinks: each query
+head has a logit of its own that takes part in its softmax, and no value. Neither `scale` nor a soft
+cap applies to it. Sinks without that word are tokens.
 """
 
 import torch
@@ -117,6 +121,7 @@ def quantized_decode_attention(
     *,
     scale: float,
     softcap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """Attention of a dense layer: codes before, exact host rows after, one softmax.
 
@@ -133,6 +138,7 @@ def quantized_decode_attention(
             `[0, tail_start)` are read from codes, the rest from the host.
         scale: factor on q.k before the softmax.
         softcap: if positive, scores become `softcap * tanh(score / softcap)`.
+        sink_logits: see the module.
     """
     implementation("quantized_decode_attention", key_cache)(
         output,
@@ -145,6 +151,7 @@ def quantized_decode_attention(
         tail_start,
         scale,
         softcap,
+        sink_logits,
     )
 
 
@@ -159,15 +166,16 @@ def log_mass(
     sink_tokens: int,
     scale: float,
     softcap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
-    """How much attention each head pays to sinks and tail: log of the sum of `exp(score)`.
+    """What each head pays to sinks, tail and sink logit: log of the sum of `exp(score)`.
 
     Scores of heads have different levels. Less this, they can be compared: `score_tokens`.
 
     Args:
-        mass: float32 [R, H]; 0 for a row without sinks and tail, and for a row without a middle
-            (`tail_start <= sink_tokens`), of which nothing is read: it has nothing to compare, and
-            its tail may be a whole context.
+        mass: float32 [R, H]; 0 for a row with neither sinks nor tail nor `sink_logits`, and for a
+            row without a middle (`tail_start <= sink_tokens`), of which nothing is read: it has
+            nothing to compare, and its tail may be a whole context.
         query: [R, H, d], the cache's dtype.
         key_cache: [NB, Hk, bs, d].
         block_table: int32 [R, max_blocks].
@@ -176,9 +184,19 @@ def log_mass(
         sink_tokens: tokens always kept at the start.
         scale: factor on q.k.
         softcap: if positive, scores become `softcap * tanh(score / softcap)`.
+        sink_logits: see the module; counted in the mass.
     """
     implementation("log_mass", key_cache)(
-        mass, query, key_cache, block_table, seq_lens, tail_start, sink_tokens, scale, softcap
+        mass,
+        query,
+        key_cache,
+        block_table,
+        seq_lens,
+        tail_start,
+        sink_tokens,
+        scale,
+        softcap,
+        sink_logits,
     )
 
 
@@ -345,6 +363,7 @@ def retrieve_topk(
     scale: float,
     max_tail_start: int,
     softcap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """The k middle tokens that a sparse layer reads: proposed by its index, ranked again by K.
 
@@ -364,6 +383,7 @@ def retrieve_topk(
         candidates: how many tokens are proposed, at least k; all where there are fewer.
         channels, scale, softcap: as of `rerank_topk`.
         every_head: see above; the same to a KV head with one query head.
+        sink_logits: see the module; attention paid elsewhere.
     """
     implementation("retrieve_topk", key_cache)(
         indices,
@@ -382,6 +402,7 @@ def retrieve_topk(
         scale,
         softcap,
         max_tail_start,
+        sink_logits,
     )
 
 
@@ -398,6 +419,7 @@ def sparse_decode_attention(
     sink_tokens: int,
     scale: float,
     softcap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """Exact attention over sinks, selected tokens and tail, gathered from the host pages.
 
@@ -412,6 +434,7 @@ def sparse_decode_attention(
         sink_tokens: tokens always kept at the start.
         scale: factor on q.k before the softmax.
         softcap: if positive, scores become `softcap * tanh(score / softcap)`.
+        sink_logits: see the module.
     """
     implementation("sparse_decode_attention", key_cache)(
         output,
@@ -425,6 +448,7 @@ def sparse_decode_attention(
         sink_tokens,
         scale,
         softcap,
+        sink_logits,
     )
 
 
@@ -484,6 +508,7 @@ def retrieve_attention(
     scale: float,
     max_tail_start: int,
     softcap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
     hot: HotRows | None = None,
 ) -> None:
     """A sparse layer's decode step: `sparse_decode_attention` to what `retrieve_topk` finds.
@@ -495,7 +520,7 @@ def retrieve_attention(
             single tokens are read from the second.
         block_table: int32 [R, max_blocks].
         seq_lens, tail_start: int32 [R], as of `sparse_decode_attention`.
-        sink_tokens, scale, softcap: as of `sparse_decode_attention`.
+        sink_tokens, scale, softcap, sink_logits: as of `sparse_decode_attention`.
         topk: how many middle tokens are attended to, all where there are fewer.
         candidates: how many are proposed, at least `topk`.
         hot: rows on the device, which are read there; those attended to are added to them. Results
@@ -520,6 +545,7 @@ def retrieve_attention(
         scale,
         softcap,
         max_tail_start,
+        sink_logits,
         **_beside(hot),
     )
 
@@ -536,6 +562,7 @@ def exact_attention(
     *,
     scale: float,
     softcap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of some tokens of each row, its last ones, to all that it has in context.
 
@@ -552,6 +579,7 @@ def exact_attention(
             `seq_lens[r] - (query_lens[r] - 1 - i)` of them.
         scale: factor on q.k before the softmax, positive.
         softcap: if positive, scores become `softcap * tanh(score / softcap)`.
+        sink_logits: see the module.
     """
     implementation("exact_attention", key_cache)(
         output,
@@ -564,6 +592,7 @@ def exact_attention(
         seq_lens,
         scale,
         softcap,
+        sink_logits,
     )
 
 
@@ -574,11 +603,13 @@ def dense_preference(
     alpha: float,
     scale: float,
     softcap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """How much of its attention a layer spreads beyond a few tokens (section 3.1).
 
     `1 - mean over queries of the sum of the floor(alpha * L) largest weights` (at least
-    one), causal: query i of n stands at position `L - n + i`.
+    one), causal: query i of n stands at position `L - n + i`. What a head pays to its sink logit is
+    none that a sparse layer could lose: it counts as if it were among the largest.
 
     Args:
         query: [n, H, d], the last n queries of a prompt.
@@ -586,8 +617,9 @@ def dense_preference(
         alpha: share of the context counted, in (0, 1].
         scale: factor on q.k before the softmax.
         softcap: if positive, scores become `softcap * tanh(score / softcap)`.
+        sink_logits: see the module.
 
     Returns:
         float32 [H]; the layer's score is its mean.
     """
-    return implementation("dense_preference", key)(query, key, alpha, scale, softcap)
+    return implementation("dense_preference", key)(query, key, alpha, scale, softcap, sink_logits)

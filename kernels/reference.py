@@ -233,14 +233,28 @@ def stage_rows(
         value_rows[start:end] = value_cache[block, :, offset]
 
 
+def weigh(scores: torch.Tensor, sink_logits: torch.Tensor | None) -> torch.Tensor:
+    """The softmax of scores [Hk, G, n], where each head's sink logit is one more, left out."""
+    if sink_logits is None:
+        return scores.softmax(-1)
+    sinks = sink_logits.view(*scores.shape[:2], 1)
+    return torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
+
+
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    softcap: float,
+    sink_logits: torch.Tensor | None,
 ) -> torch.Tensor:
     """Softmax attention of one query token.
 
     Args:
         query: float32 [H, d].
         key, value: float32 [Hk, n, d].
+        sink_logits: float32 [H].
 
     Returns:
         float32 [H, d].
@@ -249,7 +263,7 @@ def attend(
     scores = torch.einsum("hgd,hnd->hgn", grouped, key) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    return torch.einsum("hgn,hnd->hgd", scores.softmax(-1), value).flatten(0, 1)
+    return torch.einsum("hgn,hnd->hgd", weigh(scores, sink_logits), value).flatten(0, 1)
 
 
 def quantized_decode_attention(
@@ -263,6 +277,7 @@ def quantized_decode_attention(
     tail_start: torch.Tensor,
     scale: float,
     softcap: float,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """See `ops.quantized_decode_attention`."""
     _, _, block_size, head_size = key_cache.shape
@@ -279,7 +294,8 @@ def quantized_decode_attention(
             value[:, tokens] = dequantize_values(codes.value, block, group_size, bits, head_size)[
                 :, :count
             ]
-        output[row] = attend(query[row].float(), key, value, scale, softcap).to(output.dtype)
+        result = attend(query[row].float(), key, value, scale, softcap, sink_logits)
+        output[row] = result.to(output.dtype)
 
 
 def log_mass(
@@ -292,12 +308,14 @@ def log_mass(
     sink_tokens: int,
     scale: float,
     softcap: float,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """See `ops.log_mass`."""
     for row, (length, start) in enumerate(zip(seq_lens.tolist(), tail_start.tolist(), strict=True)):
         positions = torch.arange(length, device=query.device)
         kept = (positions < sink_tokens) | (positions >= start)
-        if start <= sink_tokens or not kept.any():
+        nothing = not kept.any() and sink_logits is None
+        if start <= sink_tokens or nothing:
             mass[row] = 0
             continue
         key = gather_rows(key_cache, block_table[row], length)[:, kept]
@@ -306,6 +324,8 @@ def log_mass(
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
         mass[row] = scores.logsumexp(-1).flatten()
+        if sink_logits is not None:
+            mass[row] = mass[row].logaddexp(sink_logits)
 
 
 def critical_channel_mask(
@@ -420,6 +440,7 @@ def sparse_decode_attention(
     sink_tokens: int,
     scale: float,
     softcap: float,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """See `ops.sparse_decode_attention`."""
     num_kv_heads = key_cache.shape[1]
@@ -434,7 +455,12 @@ def sparse_decode_attention(
             chosen = indices[row, head]
             kept[chosen[chosen >= 0].long()] = True
             result = attend(
-                grouped[head], key[head, kept][None], value[head, kept][None], scale, softcap
+                grouped[head],
+                key[head, kept][None],
+                value[head, kept][None],
+                scale,
+                softcap,
+                None if sink_logits is None else sink_logits.view(num_kv_heads, -1)[head],
             )
             output[row].unflatten(0, (num_kv_heads, -1))[head] = result.to(output.dtype)
 
@@ -450,6 +476,7 @@ def exact_attention(
     seq_lens: torch.Tensor,
     scale: float,
     softcap: float,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """See `ops.exact_attention`."""
     lengths = torch.stack([query_start, query_lens, seq_lens]).T.tolist()
@@ -459,12 +486,17 @@ def exact_attention(
         for i in range(count):
             seen = length - (count - 1 - i)
             one = query[start + i].float()
-            result = attend(one, key[:, :seen], value[:, :seen], scale, softcap)
+            result = attend(one, key[:, :seen], value[:, :seen], scale, softcap, sink_logits)
             output[start + i] = result.to(output.dtype)
 
 
 def dense_preference(
-    query: torch.Tensor, key: torch.Tensor, alpha: float, scale: float, softcap: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    alpha: float,
+    scale: float,
+    softcap: float,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `ops.dense_preference`."""
     num_queries, num_heads, _ = query.shape
@@ -477,6 +509,7 @@ def dense_preference(
         scores = torch.einsum("hgd,nhd->hgn", grouped[i] * scale, visible)
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
-        weights = scores.softmax(-1)
-        total += weights.topk(min(kept, visible.shape[0]), dim=-1).values.sum(-1)
+        weights = weigh(scores, sink_logits)
+        sinks = 0 if sink_logits is None else 1 - weights.sum(-1)
+        total += weights.topk(min(kept, visible.shape[0]), dim=-1).values.sum(-1) + sinks
     return 1 - (total / num_queries).flatten()

@@ -43,7 +43,7 @@ def _wrap_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
         # Those who did not ask for our backend load no more of it than this.
         if not carried.is_selected(vllm_config):
-            carried.refuse_unread_variable()
+            carried.refuse_other_backend(vllm_config)
             return
         from vllm_tailorkv.attention.support import check_engine  # noqa: PLC0415
 

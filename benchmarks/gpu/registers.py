@@ -212,6 +212,12 @@ def calls(case: Case) -> Iterator[Callable[[], Any]]:
             prompt = query.new_zeros(64, heads, case.head_size)
             queries = query.new_zeros(32, heads * case.per_head, case.head_size)
             yield partial(kernels.dense_preference, queries, prompt, 0.05, 0.1, 0.0)
+            if case is CASES[0]:
+                sinks = torch.zeros(heads * case.per_head)
+                yield partial(attend.merge, query, parts, sinks)
+                softmax = (0.1, 0.0, sinks)
+                yield partial(kernels.quantized_decode_attention, *attention, lengths, *softmax)
+                yield partial(kernels.dense_preference, queries, prompt, 0.05, *softmax)
             continue
         yield from sparse_calls(case, host, derived, table, lengths, query)
 
@@ -240,8 +246,11 @@ def sparse_calls(
         appended = (tokens, tokens, *host[:2], groups, groups, derived)
         yield partial(kernels.append_tokens, *appended, True, hot)
         arguments = (query, query, derived, host.key, *host[:2], table, lengths, lengths)
-        options = (8, 8, 128, 1008, case.head_size, True, 0.1, 0.0, 16 * block_size, hot)
+        options = (8, 8, 128, 1008, case.head_size, True, 0.1, 0.0, 16 * block_size, None, hot)
         yield partial(kernels.retrieve_attention, *arguments, *options)
+        if case is CASES[0]:
+            sinks = torch.zeros(heads * case.per_head)
+            yield partial(kernels.retrieve_attention, *arguments, *options[:-2], sinks)
     mass = query.new_zeros(query.shape[:2], dtype=torch.float32)
     arguments = (mass, query, host.key, table, lengths, lengths, 8, 0.1, 0.0)
     yield partial(kernels.log_mass, *arguments)

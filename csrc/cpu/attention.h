@@ -382,13 +382,16 @@ inline HeadView head_view(const Decode& op, const float* queries, const Task& ta
                   op.block_table.data + task.row * op.block_table.stride, task.head, group_heads};
 }
 
-// Merge the partial results of one row and KV head into the output. Without tokens that is zeros.
+// Merge the partial results of one row and KV head, and the sink logit of each head, into the
+// output. Without tokens that is zeros.
 //   partials: [parts, partial_size]
 template <class T>
 void merge_parts(const Decode& op, int64_t pair, float* partials, int64_t parts) {
   const int64_t d = op.shape.head_size, pitch = padded(d);
   const int64_t group_heads = op.query_heads / op.shape.kv_heads;
   const int64_t size = partial_size(group_heads, d);
+  const float* sinks =
+      op.sink_logits == nullptr ? nullptr : op.sink_logits + pair * group_heads % op.query_heads;
   for (int64_t h = 0; h < group_heads; ++h) {
     T* output = static_cast<T*>(op.output) + (pair * group_heads + h) * d;
     float highest = -kInfinity, total = 0;
@@ -408,6 +411,8 @@ void merge_parts(const Decode& op, int64_t pair, float* partials, int64_t parts)
         store(values + c, fma(load(from + c), splat(factor), load(values + c) * keep));
       }
     }
+    // Beside a sink that outweighs all tokens, infinitely in floats, they are 0.
+    if (sinks != nullptr && total > 0) total += __builtin_expf(sinks[h] - highest);
     for (int64_t c = 0; c < d; ++c) {
       from_float(output + c, total > 0 ? values[c] / total : 0.0f);
     }

@@ -100,9 +100,20 @@ void check_output(const Contract& contract, const Tensor& output, ScalarType dty
   contract.tensor(output, "output", dtype, Strides::kContiguous, {axes.R, axes.H, axes.d});
 }
 
+// One for each query head.
+void check_sinks(const Contract& contract, const std::optional<Tensor>& sink_logits, Axis& H) {
+  if (!sink_logits) return;
+  contract.tensor(*sink_logits, "sink_logits", ScalarType::Float, Strides::kContiguous, {H});
+}
+
+const float* sinks_of(const Contract& contract, const std::optional<Tensor>& sink_logits) {
+  return sink_logits ? data<const float>(contract, *sink_logits, "sink_logits") : nullptr;
+}
+
 Decode decode_of(const Contract& contract, const Axes& axes, const Tensor& output,
                  const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                 const Tensor& block_table, const Tensor& seq_lens, double scale, double softcap) {
+                 const Tensor& block_table, const Tensor& seq_lens, double scale, double softcap,
+                 const std::optional<Tensor>& sink_logits) {
   const Decode decode{dtype_of(key_cache),
                       shape_of(axes),
                       static_cast<int32_t>(axes.R.size),
@@ -114,7 +125,8 @@ Decode decode_of(const Contract& contract, const Axes& axes, const Tensor& outpu
                       block_table_of(contract, block_table),
                       row_values_of(contract, seq_lens, "seq_lens", room(axes), 0),
                       static_cast<float>(scale),
-                      static_cast<float>(softcap)};
+                      static_cast<float>(softcap),
+                      sinks_of(contract, sink_logits)};
   check_blocks(contract, axes, decode.block_table, decode.seq_lens);
   return decode;
 }
@@ -123,16 +135,18 @@ template <bool Run>
 void quantized_decode_attention(const Tensor& output, const Tensor& query, const Tensor& key_cache,
                                 const Tensor& value_cache, const std::vector<Tensor>& codes,
                                 const Tensor& block_table, const Tensor& seq_lens,
-                                const Tensor& tail_start, double scale, double softcap) {
+                                const Tensor& tail_start, double scale, double softcap,
+                                const std::optional<Tensor>& sink_logits) {
   const Contract contract("quantized_decode_attention");
   Axes axes;
   check_decode(contract, query, key_cache, value_cache, block_table, seq_lens, axes);
   check_output(contract, output, key_cache.scalar_type(), axes);
   const Grouping grouping = check_dense(contract, codes, axes);
   check_row_values(contract, tail_start, "tail_start", axes);
+  check_sinks(contract, sink_logits, axes.H);
   if (!Run) return;
   const Decode decode = decode_of(contract, axes, output, query, key_cache, value_cache,
-                                  block_table, seq_lens, scale, softcap);
+                                  block_table, seq_lens, scale, softcap, sink_logits);
   kernels().quantized_decode_attention(
       {decode, grouping, codes_of(contract, codes, 0), codes_of(contract, codes, 3),
        row_values_of(contract, tail_start, "tail_start", room(axes), 0)});
@@ -141,16 +155,18 @@ void quantized_decode_attention(const Tensor& output, const Tensor& query, const
 template <bool Run>
 void log_mass(const Tensor& mass, const Tensor& query, const Tensor& key_cache,
               const Tensor& block_table, const Tensor& seq_lens, const Tensor& tail_start,
-              int64_t sink_tokens, double scale, double softcap) {
+              int64_t sink_tokens, double scale, double softcap,
+              const std::optional<Tensor>& sink_logits) {
   const Contract contract("log_mass");
   Axes axes;
   check_decode(contract, query, key_cache, key_cache, block_table, seq_lens, axes);
   contract.tensor(mass, "mass", ScalarType::Float, Strides::kContiguous, {axes.R, axes.H});
   check_row_values(contract, tail_start, "tail_start", axes);
   const int32_t sinks = contract.within(sink_tokens, "sink_tokens", 0);
+  check_sinks(contract, sink_logits, axes.H);
   if (!Run) return;
   const Decode decode = decode_of(contract, axes, query, query, key_cache, key_cache, block_table,
-                                  seq_lens, scale, softcap);
+                                  seq_lens, scale, softcap, sink_logits);
   kernels().log_mass({decode, data<float>(contract, mass, "mass"), sinks,
                       row_values_of(contract, tail_start, "tail_start", room(axes))});
 }
@@ -483,7 +499,8 @@ void retrieve_topk(const Tensor& indices, const Tensor& query, const std::vector
                    const Tensor& key_cache, const Tensor& gathered_key, const Tensor& block_table,
                    const Tensor& seq_lens, const Tensor& tail_start, int64_t sink_tokens,
                    int64_t critical_channels, int64_t candidates, int64_t channels, bool every_head,
-                   double scale, double softcap, int64_t max_tail_start) {
+                   double scale, double softcap, int64_t max_tail_start,
+                   const std::optional<Tensor>& sink_logits) {
   const Contract contract("retrieve_topk");
   const Retrieval call{query,    index,      key_cache,     gathered_key,      block_table,
                        seq_lens, tail_start, sink_tokens,   critical_channels, candidates,
@@ -492,9 +509,10 @@ void retrieve_topk(const Tensor& indices, const Tensor& query, const std::vector
   Axis k{"k"};
   check_indices(contract, indices, "indices", scored.axes, k);
   contract.within(candidates, "candidates", k.size);
+  check_sinks(contract, sink_logits, scored.axes.H);
   if (!Run) return;
   const Decode decode = decode_of(contract, scored.axes, query, query, gathered_key, gathered_key,
-                                  block_table, seq_lens, scale, softcap);
+                                  block_table, seq_lens, scale, softcap, sink_logits);
   retrieve(contract, call, scored, decode, starts_of(contract, call, scored.axes),
            data<int32_t>(contract, indices, "indices"), k.size);
 }
@@ -504,7 +522,7 @@ void sparse_decode_attention(const Tensor& output, const Tensor& query, const Te
                              const Tensor& value_cache, const Tensor& indices,
                              const Tensor& block_table, const Tensor& seq_lens,
                              const Tensor& tail_start, int64_t sink_tokens, double scale,
-                             double softcap) {
+                             double softcap, const std::optional<Tensor>& sink_logits) {
   const Contract contract("sparse_decode_attention");
   Axes axes;
   Axis k{"k"};
@@ -513,9 +531,10 @@ void sparse_decode_attention(const Tensor& output, const Tensor& query, const Te
   check_indices(contract, indices, "indices", axes, k);
   check_row_values(contract, tail_start, "tail_start", axes);
   const int32_t sinks = contract.within(sink_tokens, "sink_tokens", 0);
+  check_sinks(contract, sink_logits, axes.H);
   if (!Run) return;
   const Decode decode = decode_of(contract, axes, output, query, key_cache, value_cache,
-                                  block_table, seq_lens, scale, softcap);
+                                  block_table, seq_lens, scale, softcap, sink_logits);
   const auto* chosen = data<const int32_t>(contract, indices, "indices");
   check_tokens(contract, axes, chosen, k.size, "indices", decode.block_table);
   kernels().sparse_decode_attention(
@@ -583,7 +602,7 @@ void retrieve_attention(const Tensor& output, const Tensor& query, const std::ve
                         const Tensor& seq_lens, const Tensor& tail_start, int64_t sink_tokens,
                         int64_t critical_channels, int64_t topk, int64_t candidates,
                         int64_t channels, bool every_head, double scale, double softcap,
-                        int64_t max_tail_start) {
+                        int64_t max_tail_start, const std::optional<Tensor>& sink_logits) {
   const Contract contract("retrieve_attention");
   const Retrieval call{query,    index,      key_cache,     gathered_key,      block_table,
                        seq_lens, tail_start, sink_tokens,   critical_channels, candidates,
@@ -594,9 +613,10 @@ void retrieve_attention(const Tensor& output, const Tensor& query, const std::ve
   check_output(contract, output, key_cache.scalar_type(), axes);
   contract.within(topk, "topk", 0);
   contract.within(candidates, "candidates", topk);
+  check_sinks(contract, sink_logits, axes.H);
   if (!Run) return;
   const Decode decode = decode_of(contract, axes, output, query, gathered_key, value_cache,
-                                  block_table, seq_lens, scale, softcap);
+                                  block_table, seq_lens, scale, softcap, sink_logits);
   const int32_t* starts = starts_of(contract, call, axes);
   const int64_t k = std::min(topk, longest_middle(call, axes));
   const auto sinks = static_cast<int32_t>(sink_tokens);
@@ -634,7 +654,7 @@ template <bool Run>
 void exact_attention(const Tensor& output, const Tensor& query, const Tensor& key_cache,
                      const Tensor& value_cache, const Tensor& block_table,
                      const Tensor& query_start, const Tensor& query_lens, const Tensor& seq_lens,
-                     double scale, double softcap) {
+                     double scale, double softcap, const std::optional<Tensor>& sink_logits) {
   const Contract contract("exact_attention");
   Axes axes;
   Axis T{"T"};
@@ -650,6 +670,7 @@ void exact_attention(const Tensor& output, const Tensor& query, const Tensor& ke
   check_row_values(contract, query_lens, "query_lens", axes);
   check_row_values(contract, seq_lens, "seq_lens", axes);
   contract.require(scale > 0, "scale must be positive, is ", scale);
+  check_sinks(contract, sink_logits, axes.H);
   if (!Run) return;
   const ExactAttention op{dtype_of(key_cache),
                           shape_of(axes),
@@ -668,7 +689,8 @@ void exact_attention(const Tensor& output, const Tensor& query, const Tensor& ke
                           data<const int32_t>(contract, query_lens, "query_lens"),
                           row_values_of(contract, seq_lens, "seq_lens", room(axes), 0),
                           static_cast<float>(scale),
-                          static_cast<float>(softcap)};
+                          static_cast<float>(softcap),
+                          sinks_of(contract, sink_logits)};
   check_queries(contract, op, T.size);
   check_blocks(contract, axes, op.block_table, op.seq_lens);
   kernels().exact_attention(op);
@@ -676,7 +698,7 @@ void exact_attention(const Tensor& output, const Tensor& query, const Tensor& ke
 
 template <bool Run>
 Tensor dense_preference(const Tensor& query, const Tensor& key, double alpha, double scale,
-                        double softcap) {
+                        double softcap, const std::optional<Tensor>& sink_logits) {
   const Contract contract("dense_preference");
   Axis n{"n"}, H{"H"}, L{"L"}, Hk{"Hk"}, d{"d"};
   contract.floating(key, "key");
@@ -687,6 +709,7 @@ Tensor dense_preference(const Tensor& query, const Tensor& key, double alpha, do
   contract.require(n.size > 0 && n.size <= L.size, "query must have from 1 to L=", L.size,
                    " queries, has ", n.size);
   contract.require(alpha > 0 && alpha <= 1, "alpha must lie in (0, 1], is ", alpha);
+  check_sinks(contract, sink_logits, H);
   const Tensor result = torch::stable::new_empty(query, {H.size}, ScalarType::Float);
   if (!Run) return result;
   const auto kept = static_cast<int64_t>(std::floor(alpha * static_cast<double>(L.size)));
@@ -695,7 +718,7 @@ Tensor dense_preference(const Tensor& query, const Tensor& key, double alpha, do
        static_cast<int32_t>(Hk.size), static_cast<int32_t>(d.size), L.size,
        data<const void>(contract, query, "query"), data<const void>(contract, key, "key"),
        std::max<int64_t>(1, kept), static_cast<float>(scale), static_cast<float>(softcap),
-       data<float>(contract, result, "result")});
+       sinks_of(contract, sink_logits), data<float>(contract, result, "result")});
   return result;
 }
 

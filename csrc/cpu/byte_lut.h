@@ -13,7 +13,7 @@
 // Opened by itself: a source that is compiled says both first.
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512vbmi,avx512vnni,gfni")
 #define TAILORKV_ISA avx512_gfni
-#define TAILORKV_TABLES 1
+#define TAILORKV_TABLES 512
 #endif
 #include "vec_avx512.h"
 //
@@ -100,7 +100,7 @@ class ByteTables {
 //   ahead: asked for some lines between look-ups
 template <int N, int P>
 void score_by_bytes(const uint8_t* bytes, int64_t n, const float* factors, const float* offset,
-                    Ahead& ahead, float* scores) {
+                    int16_t*, Ahead& ahead, float* scores) {
   const ByteTables builder;
   const __m512i nibble = _mm512_set1_epi8(15);
   ByteFactors of[N];

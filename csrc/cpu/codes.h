@@ -3,15 +3,17 @@
 
 #include "ahead.h"
 #include "common.h"
-#if TAILORKV_TABLES
+#if TAILORKV_TABLES == 512
 #include "lut.h"
+#elif TAILORKV_TABLES == 256
+#include "rounded_256.h"
 #endif
 
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 
 // Scratch of one thread for products with codes; `most` is the larger of d and g, padded.
-//   scaled: [4, most]; tables: [most/8, 4, 2, 16]; bytes: [most/8, 64]
+//   scaled: [4, most]; tables: [most/8, 4, 2, 16]; bytes: [index_bytes(most)]
 struct ProductScratch {
   float* scaled;
   int16_t* tables;
@@ -20,7 +22,7 @@ struct ProductScratch {
 
 inline ProductScratch take_product_scratch(int64_t head_size, int64_t group_size) {
   const int64_t most = larger(padded(head_size), group_size);
-  return ProductScratch{take<float>(4 * most), take<int16_t>(16 * most), take<uint8_t>(8 * most)};
+  return ProductScratch{take<float>(4 * most), take<int16_t>(16 * most), take<uint8_t>(16 * most)};
 }
 
 // Scales and zeros of the K of one group as floats.
@@ -85,13 +87,13 @@ void score_codes(const uint8_t* codes, int64_t pitch, int64_t head_size, int64_t
   float offset[N];
   sums(offsets, offset);
 #if TAILORKV_TABLES
-  if constexpr (Tables && B <= 2) {
-    if (group_size * B % kPlaces == 0) {
+  if constexpr (Tables && kCovered<B> > 0) {
+    if (group_size % kCovered<B> == 0) {
       float magnitude[N];
       sums(magnitudes, magnitude);
-      products_by_table<B, N, false>(codes, pitch, head_size, group_size, scaled, padded(head_size),
-                                     magnitude, offset, scratch.tables, scratch.bytes, ahead,
-                                     scores, score_stride);
+      rounded_products<B, N, false>(codes, pitch, head_size, group_size, scaled, padded(head_size),
+                                    magnitude, offset, scratch.tables, scratch.bytes, ahead, scores,
+                                    score_stride);
       return;
     }
   }
@@ -163,14 +165,14 @@ void add_codes(const uint8_t* codes, int64_t pitch, int64_t group_size, int64_t 
   constexpr int U = N == 1 ? 4 : 2;
   int64_t c = begin;
 #if TAILORKV_TABLES
-  if constexpr (Tables && B <= 2) {
-    const int64_t whole = (end - begin) / (kPlaces / B) * (kPlaces / B);
+  if constexpr (Tables && kCovered<B> > 0) {
+    const int64_t whole = (end - begin) / kCovered<B> * kCovered<B>;
     if (whole > 0) {
       float magnitude[N];
       sums(magnitudes, magnitude);
-      products_by_table<B, N, true>(codes + c * B / 8, pitch, group_size, whole, scaled, group_size,
-                                    magnitude, offset, scratch.tables, scratch.bytes, ahead,
-                                    values + c, value_stride);
+      rounded_products<B, N, true>(codes + c * B / 8, pitch, group_size, whole, scaled, group_size,
+                                   magnitude, offset, scratch.tables, scratch.bytes, ahead,
+                                   values + c, value_stride);
       c += whole;
     }
   }

@@ -439,6 +439,18 @@ class Exact {
     }
   }
 
+  // Add what the sink logits weigh. One that outweighs all tokens, infinitely in floats, makes the
+  // output 0.
+  void count_sinks(const Lot& lot, int64_t group, int64_t lanes, const Softmaxes& softmaxes) const {
+    const int64_t first = lot.first + group * kLanes;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t head = lot.head * per_token_ + (first + lane) % per_token_;
+      const int64_t at = group * kLanes + lane;
+      const float sink = op_.sink_logits[head] * kLog2E - softmaxes.highest[at];
+      softmaxes.total[at] += __builtin_exp2f(sink);
+    }
+  }
+
   template <class T>
   void finish(const Lot& lot, const Softmaxes& softmaxes) const {
     for (int64_t group = 0; group * kLanes < lot.count; ++group) {
@@ -448,6 +460,7 @@ class Exact {
         const int64_t i = lot.first + group * kLanes + lane;
         rows[lane] = static_cast<T*>(op_.output) + place(lot, i, op_.output_token, op_.output_head);
       }
+      if (op_.sink_logits != nullptr) count_sinks(lot, group, lanes, softmaxes);
       Units::give(rows, static_cast<int>(lanes), softmaxes.values_of(group),
                   softmaxes.total + group * kLanes, size_);
     }

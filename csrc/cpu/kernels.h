@@ -82,6 +82,7 @@ struct ExactAttention {
   BlockTable block_table;
   const int32_t *query_start, *query_lens, *seq_lens;  // [R]
   float scale, softcap;
+  const float* sink_logits;  // [H], or null
 };
 
 enum class Derive : int32_t { kDense, kOnebit, kChannels };
@@ -110,6 +111,7 @@ struct Decode {
   BlockTable block_table;
   const int32_t* seq_lens;  // [R]
   float scale, softcap;
+  const float* sink_logits;  // [H], or null
 };
 
 struct QuantizedDecode {
@@ -212,8 +214,9 @@ struct DensePreference {
   const void* key;                                    // [L, Hk, d]
   int64_t kept;                                       // weights summed for a query
   float scale;
-  float softcap;  // 0: none
-  float* result;  // [H]
+  float softcap;             // 0: none
+  const float* sink_logits;  // [H], or null
+  float* result;             // [H]
 };
 
 // The ops of one instruction set.

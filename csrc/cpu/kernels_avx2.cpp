@@ -9,7 +9,7 @@
 #pragma GCC target("avx2,fma,f16c")
 
 #define TAILORKV_ISA avx2
-#define TAILORKV_TABLES 0
+#define TAILORKV_TABLES 256
 #include "vec_avx2.h"
 //
 #include "ops.h"

@@ -9,7 +9,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512vbmi,avx512vnni,gfni")
 
 #define TAILORKV_ISA avx512_gfni
-#define TAILORKV_TABLES 1
+#define TAILORKV_TABLES 512
 #include "vec_avx512.h"
 //
 #include "ops.h"

@@ -17,7 +17,7 @@
 // Opened by itself: a source that is compiled says both first.
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512vbmi,avx512vnni,gfni")
 #define TAILORKV_ISA avx512_gfni
-#define TAILORKV_TABLES 1
+#define TAILORKV_TABLES 512
 #endif
 #include "vec_avx512.h"
 //
@@ -29,6 +29,13 @@ namespace {
 
 // Places of a row that one pass covers.
 constexpr int kPlaces = 64;
+
+// Codes of a row that one pass covers; 0 where multiplying them is as fast.
+template <int B>
+constexpr int64_t kCovered = B <= 2 ? kPlaces / B : 0;
+
+// Bytes of n transposed rows of 64 places.
+inline int64_t index_bytes(int64_t n) { return n / 8 * kPlaces; }
 
 // Where byte i of rows 7 .. 0 lies, for i = 0 .. 7; the rows are `Pitch` bytes apart, and those
 // from `Second` on begin in another register.
@@ -178,10 +185,10 @@ inline void finish(__m512i even, __m512i odd, float unit, float offset, float* v
 //   factors: [N, factor_stride], 0 from n to padded(n); magnitude, offset: [N]
 //   tables: [padded(n)/8, N, 2, 16]; bytes: [n/8, 64]; values: [N, value_stride]
 template <int B, int N, bool Add>
-void products_by_table(const uint8_t* codes, int64_t pitch, int64_t n, int64_t count,
-                       const float* factors, int64_t factor_stride, const float* magnitude,
-                       const float* offset, int16_t* tables, uint8_t* bytes, Ahead& ahead,
-                       float* values, int64_t value_stride) {
+void rounded_products(const uint8_t* codes, int64_t pitch, int64_t n, int64_t count,
+                      const float* factors, int64_t factor_stride, const float* magnitude,
+                      const float* offset, int16_t* tables, uint8_t* bytes, Ahead& ahead,
+                      float* values, int64_t value_stride) {
   float unit[N];
   for (int h = 0; h < N; ++h) {
     unit[h] =

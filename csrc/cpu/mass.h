@@ -15,7 +15,8 @@ void log_mass_of_pair(const LogMass& op, const HeadView& view, int64_t row,
   const int64_t group_heads = view.group_heads;
   clear(partial, group_heads, 0);
   // Without a middle there is nothing to compare, and the tail may be a whole context.
-  const int64_t length = op.tail_start[row] > op.sink_tokens ? decode.seq_lens[row] : 0;
+  const bool compared = op.tail_start[row] > op.sink_tokens;
+  const int64_t length = compared ? decode.seq_lens[row] : 0;
   const int64_t sinks = smaller(op.sink_tokens, length);
   const int64_t skipped = smaller(larger(op.tail_start[row], sinks), length) - sinks;
   int64_t n = 0;
@@ -29,9 +30,17 @@ void log_mass_of_pair(const LogMass& op, const HeadView& view, int64_t row,
     }
     n = 0;
   }
+  const float* logits = compared && decode.sink_logits != nullptr
+                            ? decode.sink_logits + view.head * group_heads
+                            : nullptr;
   for (int64_t h = 0; h < group_heads; ++h) {
-    const float sum = partial.total[h];
-    mass[h] = sum > 0 ? partial.highest[h] + __builtin_logf(sum) : 0.0f;
+    float highest = partial.highest[h], sum = partial.total[h];
+    if (logits != nullptr) {
+      highest = logits[h] > highest ? logits[h] : highest;
+      sum =
+          sum * __builtin_expf(partial.highest[h] - highest) + __builtin_expf(logits[h] - highest);
+    }
+    mass[h] = sum > 0 ? highest + __builtin_logf(sum) : 0.0f;
   }
 }
 

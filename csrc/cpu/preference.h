@@ -6,12 +6,18 @@
 namespace tailorkv::TAILORKV_ISA {
 namespace {
 
-// The share of its attention that one head of one query gives to its `kept` best tokens.
-//   scores: [padded(n)], destroyed
-inline double best_share(float* scores, int64_t n, int64_t kept, float scale, float softcap) {
+// The share of its attention that one head of one query gives to its `kept` best tokens, and to its
+// sink logit.
+//   scores: [padded(n)], destroyed; sink: one logit, or null
+inline double best_share(float* scores, int64_t n, int64_t kept, float scale, float softcap,
+                         const float* sink) {
   float highest = -kInfinity, total = 0, unused = 0;
   softmax_step(scores, n, scale, softcap, &highest, &total, &unused, 0);
-  return sum_of_largest(scores, n, smaller(kept, n)) / total;
+  const double largest = sum_of_largest(scores, n, smaller(kept, n));
+  if (sink == nullptr) return largest / total;
+  const float now = *sink > highest ? *sink : highest;
+  const double factor = __builtin_expf(highest - now), sinks = __builtin_expf(*sink - now);
+  return (largest * factor + sinks) / (total * factor + sinks);
 }
 
 template <class T>
@@ -38,8 +44,10 @@ void preference(const DensePreference& op) {
                      queries + h * pitch, scores + t, stride);
       }
       for (int j = 0; j < N; ++j) {
-        shares[first_head + h + j] =
-            best_share(scores + j * stride, visible, op.kept, op.scale, op.softcap);
+        const int64_t own = head * group_heads + h + j;
+        shares[query_index * op.query_heads + own] =
+            best_share(scores + j * stride, visible, op.kept, op.scale, op.softcap,
+                       op.sink_logits == nullptr ? nullptr : op.sink_logits + own);
       }
     });
   });

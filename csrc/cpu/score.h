@@ -8,8 +8,10 @@
 #include "attention.h"
 #include "channels.h"
 #include "codes.h"
-#if TAILORKV_TABLES
+#if TAILORKV_TABLES == 512
 #include "byte_lut.h"
+#elif TAILORKV_TABLES == 256
+#include "byte_lut_256.h"
 #endif
 
 namespace tailorkv::TAILORKV_ISA {
@@ -44,7 +46,7 @@ inline float* take_score_queries(const ScoreTokens& op) {
 }
 
 // Scratch of one thread for groups of the onebit index.
-//   scale, zero: [padded(d)]; bytes: [d * g / 8]; scores: [4, g]; best: [g]
+//   scale, zero: [padded(d)]; bytes: [g / 64, index_bytes(d)]; scores: [4, g]; best: [g]
 struct ScoreScratch {
   float *scale, *zero;
   uint8_t* bytes;
@@ -53,8 +55,9 @@ struct ScoreScratch {
 };
 
 inline ScoreScratch take_score_scratch(int64_t d, int64_t g) {
-  return ScoreScratch{take<float>(padded(d)), take<float>(padded(d)), take<uint8_t>(d * g / 8),
-                      take<float>(4 * g),     take<float>(g),         take_product_scratch(d, g)};
+  return ScoreScratch{
+      take<float>(padded(d)), take<float>(padded(d)), take<uint8_t>(padded(d) * g / 4),
+      take<float>(4 * g),     take<float>(g),         take_product_scratch(d, g)};
 }
 
 // Add what is to be added to the scores of a query, keep the largest of each token.
@@ -82,7 +85,8 @@ void score_places(int64_t d, const float* query, const float* extra, int64_t q,
     }
   }
   sums(offsets, offset);
-  score_by_bytes<N, P>(scratch.bytes, d, scratch.product.scaled, offset, ahead, scratch.scores);
+  score_by_bytes<N, P>(scratch.bytes, d, scratch.product.scaled, offset, scratch.product.tables,
+                       ahead, scratch.scores);
   for (int h = 0; h < N; ++h) {
     keep_best(scratch.scores + h * P * kPlaces, extra[q + h], q + h == 0, P * kPlaces, best);
   }
@@ -94,7 +98,7 @@ void score_places(const uint8_t* codes, int64_t pitch, int64_t d, int32_t querie
                   const float* query, const float* extra, const ScoreScratch& scratch, Ahead& ahead,
                   float* best) {
   for (int p = 0; p < P; ++p) {
-    transpose_all(codes + p * kPlaces / 8, pitch, d, scratch.bytes + p * d / 8 * kPlaces);
+    transpose_all(codes + p * kPlaces / 8, pitch, d, scratch.bytes + p * index_bytes(d));
   }
   int64_t q = 0;
   for (; q + 2 <= queries; q += 2) {

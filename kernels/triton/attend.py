@@ -17,6 +17,7 @@ from vllm_tailorkv.kernels.triton.hot import hot_or_host
 from vllm_tailorkv.kernels.triton.launch import counters, is_last
 
 _INTERPRETED = tl.constexpr(envs.triton_interpreted())
+LOG2_E = tl.constexpr(math.log2(math.e))
 _MERGED = 16
 """Parts that are read at a time."""
 _MOST_MERGED = 48
@@ -131,7 +132,9 @@ def _merge_head(
     sums,  # float32 [R, H, parts, d]
     best,  # float32 [R, H, parts]
     totals,  # float32 [R, H, parts]
+    sink_logits,  # float32 [H], or None
     at,
+    head,
     parts,
     HEAD_SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -156,6 +159,12 @@ def _merge_head(
         total = total * shrink + tl.sum(weights * powers, 0)
         merged = merged * shrink + tl.sum(weights[:, None] * rows, 0)
         highest = larger
+    if sink_logits is not None:
+        sink = tl.load(sink_logits + head) * LOG2_E
+        larger = tl.maximum(highest, sink)
+        shrink = tl.exp2(highest - finite(larger))
+        total = total * shrink + tl.exp2(sink - finite(larger))
+        merged *= shrink
     # A row without tokens is padding: 0.
     merged = merged / tl.where(total == 0.0, 1.0, total)
     tl.store(output + at * HEAD_SIZE + channels, merged.to(output.dtype.element_ty), mask=kept)
@@ -167,14 +176,18 @@ def _merge_parts(
     sums,
     best,
     totals,
+    sink_logits,
     parts,
     HEAD_SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """One row and query head, see `_merge_head`; grid (H, R)."""
-    at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    _merge_head(output, sums, best, totals, at, parts, HEAD_SIZE, CHANNELS, PARTS)
+    head = tl.program_id(0)
+    at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + head
+    _merge_head(
+        output, sums, best, totals, sink_logits, at, head, parts, HEAD_SIZE, CHANNELS, PARTS
+    )
 
 
 @triton.jit
@@ -184,6 +197,7 @@ def merge_if_last(
     best,
     totals,
     counters,  # int32 [>= R * Hk], 0
+    sink_logits,
     row_head,
     parts,
     HEAD_SIZE: tl.constexpr,
@@ -191,11 +205,27 @@ def merge_if_last(
     PER_HEAD: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """The query heads of one row and KV head, by its last program; nothing if PARTS is 0."""
+    """The query heads of one row and KV head, by its last program; nothing if PARTS is 0.
+
+    Grid (parts, Hk, R).
+    """
     if PARTS > 0:  # noqa: SIM102 - Triton evaluates both sides of `and`
         if is_last(counters + row_head, parts):
             for at in range(row_head * PER_HEAD, (row_head + 1) * PER_HEAD):
-                _merge_head(output, sums, best, totals, at, parts, HEAD_SIZE, CHANNELS, PARTS)
+                head = at % (tl.num_programs(1) * PER_HEAD)
+                _merge_head(
+                    output,
+                    sums,
+                    best,
+                    totals,
+                    sink_logits,
+                    at,
+                    head,
+                    parts,
+                    HEAD_SIZE,
+                    CHANNELS,
+                    PARTS,
+                )
 
 
 class Parts(NamedTuple):
@@ -227,7 +257,7 @@ def allocate_parts(query: torch.Tensor, heads: int, parts: int) -> Parts:
     )
 
 
-def merge(output: torch.Tensor, parts: Parts) -> None:
+def merge(output: torch.Tensor, parts: Parts, sink_logits: torch.Tensor | None = None) -> None:
     """Write the attention [R, H, d] that the parts sum up to, where no program has done so."""
     if parts.merged:
         return
@@ -235,6 +265,7 @@ def merge(output: torch.Tensor, parts: Parts) -> None:
     _merge_parts[(heads, rows)](
         output,
         *parts[:3],
+        sink_logits,
         parts.best.shape[2],
         HEAD_SIZE=head_size,
         CHANNELS=triton.next_power_of_2(head_size),

@@ -237,6 +237,7 @@ def _attend_codes(
     table_row,
     seq_lens,  # int32 [R]
     tail_start,  # int32 [R]
+    sink_logits,  # float32 [H], or None
     factor,
     cap,
     CAPPED: tl.constexpr,
@@ -365,6 +366,7 @@ def _attend_codes(
         best,
         totals,
         counters,
+        sink_logits,
         row_head,
         parts,
         HEAD_SIZE,
@@ -401,6 +403,7 @@ def quantized_decode_attention(
     tail_start: torch.Tensor,
     scale: float,
     softcap: float,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """See `ops.quantized_decode_attention`."""
     rows, num_heads, head_size = query.shape
@@ -431,6 +434,7 @@ def quantized_decode_attention(
         block_table.stride(0),
         seq_lens,
         tail_start,
+        sink_logits,
         **score_factors(scale, softcap),
         BLOCK_SIZE=block_size,
         HEAD_SIZE=head_size,
@@ -450,4 +454,4 @@ def quantized_decode_attention(
         MERGED=results.merged,
         num_warps=_num_warps(elements, bits),
     )
-    merge(output, results)
+    merge(output, results, sink_logits)

@@ -1,10 +1,11 @@
-"""The attention that each head pays to sinks and tail."""
+"""The attention that each head pays to sinks, tail and sink logit."""
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_tailorkv.kernels.triton.attend import (
+    LOG2_E,
     cap_scores,
     dot,
     finite,
@@ -34,6 +35,7 @@ def _log_mass(
     sink_tokens,
     tags,
     hot,
+    sink_logits,  # float32 [H], or None
     factor,
     cap,
     CAPPED: tl.constexpr,
@@ -78,6 +80,13 @@ def _log_mass(
         shrink = tl.exp2(highest - finite(larger))
         total = total * shrink + tl.sum(tl.exp2(scores - finite(larger)[:, None]), 1)
         highest = larger
+    if sink_logits is not None:
+        at = sink_logits + head * PER_HEAD + heads
+        sink = tl.load(at, mask=heads < PER_HEAD, other=0.0) * LOG2_E
+        sink = tl.where(start > sink_tokens, sink, -float("inf"))
+        larger = tl.maximum(highest, sink)
+        total = total * tl.exp2(highest - finite(larger)) + tl.exp2(sink - finite(larger))
+        highest = larger
     found = (highest + tl.log2(tl.where(total > 0, total, 1.0))) * _LOG_2
     found = tl.where(total > 0, found, 0.0)
     tl.store(mass + row_head * PER_HEAD + heads, found, mask=heads < PER_HEAD)
@@ -93,6 +102,7 @@ def log_mass(
     sink_tokens: int,
     scale: float,
     softcap: float,
+    sink_logits: torch.Tensor | None = None,
     hot: HotRows | None = None,
 ) -> None:
     """See `ops.log_mass`; rows in `hot` are read from there."""
@@ -113,6 +123,7 @@ def log_mass(
         sink_tokens,
         tags,
         rows_kept,
+        sink_logits,
         **score_factors(scale, softcap),
         BLOCK_SIZE=key_cache.shape[2],
         HEAD_SIZE=head_size,

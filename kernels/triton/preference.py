@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_tailorkv.kernels.triton.attend import cap_scores, dot, score_factors
+from vllm_tailorkv.kernels.triton.attend import LOG2_E, cap_scores, dot, score_factors
 
 _SELECT_QUERIES = 8
 _SELECT_TOKENS = 512
@@ -52,6 +52,7 @@ def _query_scores(
 def _largest_share(
     shares,  # float32 [num_rows]
     scores,  # float32 [num_rows, length], num_rows = G * num_queries
+    sink_logits,  # float32 [G], or None
     num_rows,
     num_queries,
     length,
@@ -59,7 +60,7 @@ def _largest_share(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Share of the `kept` largest weights of each row; grid (num_rows / ROWS,).
+    """Share of the `kept` largest weights of each row, and of sinks; grid (num_rows / ROWS,).
 
     The smallest of them is found bit by bit: floats that are not negative are ordered as
     their bits are.
@@ -100,11 +101,21 @@ def _largest_share(
         count += tl.sum(larger.to(tl.int32), 1)
     # The others that are kept are equal to the smallest.
     above += (wanted - count).to(tl.float32) * smallest.to(tl.float32, bitcast=True)
+    if sink_logits is not None:
+        sink = tl.load(sink_logits + rows // num_queries, mask=real, other=0.0) * LOG2_E
+        larger = tl.maximum(highest, sink)
+        shrink, sinks = tl.exp2(highest - larger), tl.exp2(sink - larger)
+        above, total = above * shrink + sinks, total * shrink + sinks
     tl.store(shares + rows, above / tl.where(real, total, 1.0), mask=real)
 
 
 def dense_preference(
-    query: torch.Tensor, key: torch.Tensor, alpha: float, scale: float, softcap: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    alpha: float,
+    scale: float,
+    softcap: float,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `ops.dense_preference`."""
     num_queries, num_heads, head_size = query.shape
@@ -135,6 +146,7 @@ def dense_preference(
         _largest_share[(triton.cdiv(per_head * num_queries, _SELECT_QUERIES),)](
             shares[head],
             scores,
+            None if sink_logits is None else sink_logits[head * per_head :],
             per_head * num_queries,
             num_queries,
             length,

@@ -29,6 +29,7 @@ def retrieve_topk(
     scale: float,
     softcap: float,
     max_tail_start: int,
+    sink_logits: torch.Tensor | None = None,
     hot: HotRows | None = None,
 ) -> None:
     """See `ops.retrieve_topk`; rows in `hot` are read from there."""
@@ -50,6 +51,7 @@ def retrieve_topk(
             sink_tokens,
             scale,
             softcap,
+            sink_logits,
             hot,
         )
     scored = Scored(grouped, None, factor=1 / grouped.shape[2])
@@ -93,6 +95,7 @@ def retrieve_attention(
     scale: float,
     softcap: float,
     max_tail_start: int,
+    sink_logits: torch.Tensor | None = None,
     hot: HotRows | None = None,
 ) -> None:
     """See `ops.retrieve_attention`."""
@@ -114,6 +117,7 @@ def retrieve_attention(
         scale,
         softcap,
         max_tail_start,
+        sink_logits,
         hot,
     )
     if hot is not None:
@@ -128,5 +132,6 @@ def retrieve_attention(
         sink_tokens,
         scale,
         softcap,
+        sink_logits,
         hot,
     )

@@ -48,6 +48,7 @@ def _attend_gathered(
     sink_tokens,
     tags,
     hot,
+    sink_logits,  # float32 [H], or None
     factor,
     cap,
     CAPPED: tl.constexpr,
@@ -119,6 +120,7 @@ def _attend_gathered(
         best,
         totals,
         counters,
+        sink_logits,
         row_head,
         parts,
         HEAD_SIZE,
@@ -140,6 +142,7 @@ def sparse_decode_attention(
     sink_tokens: int,
     scale: float,
     softcap: float,
+    sink_logits: torch.Tensor | None = None,
     hot: HotRows | None = None,
 ) -> None:
     """See `ops.sparse_decode_attention`; rows in `hot` are read from there."""
@@ -168,6 +171,7 @@ def sparse_decode_attention(
         sink_tokens,
         tags,
         rows_kept,
+        sink_logits,
         **score_factors(scale, softcap),
         BLOCK_SIZE=key_cache.shape[2],
         HEAD_SIZE=head_size,
@@ -179,4 +183,4 @@ def sparse_decode_attention(
         SETS=sets,
         num_warps=2,
     )
-    merge(output, results)
+    merge(output, results, sink_logits)

@@ -18,6 +18,7 @@ from source_types import Class
 from source_uses import Counts, Uses
 from vllm_source import HASHES, source_of
 
+from vllm_tailorkv.drafter import Drafter
 from vllm_tailorkv.patches import seams
 from vllm_tailorkv.patches.catalog import PATCHES
 from vllm_tailorkv.patches.record import Patch, patches_for
@@ -38,6 +39,7 @@ OWN = {
         *("num_actual_tokens", "slot_mapping", "groups", "single_tokens", "exact", "decode"),
         *("workspace", "guard"),
     },
+    "TailorKVMetadataBuilder": set(),
     "TailorKVSpec": {"layout", "split"},
 }
 """What we add to vLLM's classes. All else that ours have is there for vLLM to find."""
@@ -140,6 +142,30 @@ def test_vllm_loads_our_plugin(version: str) -> None:
     module = tree_of(version).module("vllm.plugins")
     assert module is not None
     assert "vllm.general_plugins" in strings(module.parsed)
+
+
+def test_vllm_asks_a_drafter_as_ours_answers(version: str) -> None:
+    """By its place, or by a name."""
+    runner = tree_of(version).module("vllm.v1.worker.gpu_model_runner")
+    assert runner is not None
+    branches = [
+        node
+        for node in ast.walk(runner.parsed)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("== 'custom_class'")
+    ]
+    calls = [
+        node
+        for branch in branches
+        for statement in branch.body
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
+    asked = [node for node in calls if getattr(node.func, "attr", "") == "propose"]
+    assert len(asked) == 1
+    given = [ast.unparse(one).rpartition(".")[2] for one in asked[0].args]
+    assert given == ["sampled_token_ids", "num_tokens_no_spec", "token_ids_cpu"]
+    answers = inspect.signature(Drafter.propose)
+    answers.bind(None, *given, **{str(one.arg): None for one in asked[0].keywords})
 
 
 def strings(tree: ast.AST) -> Iterator[str]:

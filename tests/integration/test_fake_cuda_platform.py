@@ -153,7 +153,6 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
         for name in ("rocm", "xpu", "tpu")
     ),
     ("a layer's window", "layer", {"has_sliding_window": True}, ["sliding window"]),
-    ("a layer's sinks", "layer", {"has_sink": True}, ["attention sinks"]),
     ("a layer of latent attention", "layer", {"use_mla": True}, ["MLA"]),
     ("a layer's cache dtype", "layer", {"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8"]),
     ("a layer's heads", "layer", {"head_size": 512}, ["head size 512", "224, 256"]),
@@ -199,6 +198,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     todo |= {name: ("engine", arguments) for name, arguments in ENGINES.items()}
     todo |= {
         "layer": ("layer", {}),
+        "layer with sinks": ("layer", {"has_sink": True}),
         "spawned": ("spawned", options(bits=1, host_pool_gib=2)),
         "xformers": ("xformers_obstacle", {}),
         "xformers, drafts": ("xformers_obstacle", {"speculative_config": NGRAM}),
@@ -272,8 +272,9 @@ def test_a_refusal(results: dict[str, Any], name: str, words: list[str]) -> None
         assert word in found["refused"]
 
 
-def test_layers_get_our_backend(results: dict[str, Any]) -> None:
-    assert results["layer"] == "vllm_tailorkv.attention.backend.TailorKVBackend"
+@pytest.mark.parametrize("name", ["layer", "layer with sinks"])
+def test_layers_get_our_backend(results: dict[str, Any], name: str) -> None:
+    assert results[name] == "vllm_tailorkv.attention.backend.TailorKVBackend"
 
 
 @pytest.mark.parametrize("name", CACHES)

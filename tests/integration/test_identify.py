@@ -75,13 +75,14 @@ def expected_scores(model: Path, prompt: list[int]) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     llama = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float64, attn_implementation="eager"
+        model, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
     with torch.inference_mode():
         layers = llama(torch.tensor([prompt]), output_attentions=True).attentions
     kept = max(1, int(ALPHA * len(prompt)))
     newest = torch.stack([layer[0, :, -QUERIES:].double() for layer in layers])
-    return 1 - newest.topk(kept).values.sum(-1).mean(-1)
+    # Not all of it goes to tokens where heads have sinks.
+    return (newest.sum(-1) - newest.topk(kept).values.sum(-1)).mean(-1)
 
 
 def heads_of(scores: Scores) -> torch.Tensor:
@@ -120,6 +121,17 @@ def test_windows_and_soft_caps(tmp_path: Path) -> None:
         scores = scores_of(llm, prompt)
     assert [layer is None for layer in scores] == [True, False, True, False]
     expected = expected_scores(gemma, prompt)[[1, 3]]
+    assert (heads_of(scores) - expected).abs().max() < 1e-4
+
+
+def test_attention_sinks(tmp_path: Path) -> None:
+    changes = {"sliding_window": 128, "num_local_experts": 2, "num_experts_per_tok": 2}
+    model = save_random_checkpoint(tmp_path / "model", "GptOss", std={"sinks": 4.0}, **changes)
+    prompt = random_prompts([300], seed=7)[0]
+    with recording(model, 301) as llm:
+        scores = scores_of(llm, prompt)
+    assert [layer is None for layer in scores] == [True, False, True, False]
+    expected = expected_scores(model, prompt)[[1, 3]]
     assert (heads_of(scores) - expected).abs().max() < 1e-4
 
 

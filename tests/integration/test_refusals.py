@@ -190,7 +190,6 @@ def test_our_backend_where_it_serves_no_layer(
     "architecture,changes,words",
     [
         ("DeepseekV2", {"qk_nope_head_dim": 64, "kv_lora_rank": 64, "q_lora_rank": None}, "MLA"),
-        ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "sinks"),
         ("Bloom", {"n_head": 4, "hidden_size": 256}, "ALiBi"),
         ("Mistral", {"sliding_window": 128}, "no layer with full attention"),
         ("Mamba2", {"num_heads": 8, "head_dim": 64}, "recurrent state"),
@@ -231,12 +230,13 @@ def test_one_line_at_the_terminal(random_llama: Path) -> None:
 
 def test_an_error_of_a_worker_is_the_last_line(tmp_path: Path) -> None:
     """vLLM's processes end one by one, with tracebacks of their own."""
-    changes = {"num_local_experts": 2, "num_experts_per_tok": 1}
-    model = save_random_checkpoint(tmp_path / "model", "GptOss", **changes)
+    model = save_random_checkpoint(tmp_path / "model", "Llama", head_dim=48)
     result = run_cli(str(model), "--attention-backend", "tailorkv", *SMALL)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("vllm-tailorkv: error: --attention-backend tailorkv: attention sinks")
+    assert last.startswith(
+        "vllm-tailorkv: error: --attention-backend tailorkv: head size 48 is not"
+    )
 
 
 def test_variables_of_ours_are_known_to_vllm(random_llama: Path) -> None:

@@ -39,7 +39,7 @@ def test_the_guard_changes_no_token(
     monkeypatch.setattr(Guard, "saw", note)
     builders = metadata_builders(tailored)
     for builder in builders:
-        config = builder.batch.config.model_copy(update={"guard_share": 0.25})
+        config = builder.served.batch.config.model_copy(update={"guard_share": 0.25})
         builder.guard = Guard(builder.kv_cache_spec.layout, config, builder.layer_names)
     try:
         assert greedy(tailored, case.prompts, 80) == case.tokens

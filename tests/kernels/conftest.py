@@ -153,6 +153,17 @@ def placed(request: pytest.FixtureRequest) -> Callable[[ModuleType], Any]:
     return partial(OnDevice, where=where)
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "sinks"])
+def sinks_of(request: pytest.FixtureRequest) -> Callable[[int], torch.Tensor | None]:
+    """Sink logits of so many query heads, next to none, zero and large ones among them; or none."""
+
+    def make(heads: int) -> torch.Tensor | None:
+        values = torch.tensor([2.0, -1e30, 0.0, 60.0]).repeat(-(-heads // 4))[:heads]
+        return values.contiguous() if request.param else None
+
+    return make
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Set the number of threads for one test."""

@@ -42,6 +42,7 @@ class Case:
         per_head: query heads of a KV head.
         shift: elements in front of a tensor in its memory: most are aligned to nothing then.
         sinks, k: tokens kept at the start, and selected.
+        logits: whether heads have sink logits.
         seed: of everything else.
     """
 
@@ -59,6 +60,7 @@ class Case:
     sinks: int
     k: int
     softcap: float
+    logits: bool
     flag: bool
     seed: int
 
@@ -101,6 +103,7 @@ def cases(draw: st.DrawFn) -> Case:
         sinks=draw(st.integers(0, MOST_SINKS)),
         k=draw(st.integers(1, 300)),
         softcap=draw(st.sampled_from([0.0, 5.0])),
+        logits=draw(st.booleans()),
         flag=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
     )
@@ -142,6 +145,12 @@ class Maker:
         case = self.case
         shape = (len(case.lengths), case.heads * case.per_head, case.head_size)
         return self.tight(self.normal(*shape).to(case.dtype))
+
+    def softmax(self) -> dict[str, Any]:
+        """How scores become weights, as ops take it by name."""
+        case = self.case
+        logits = self.tight(4 * self.normal(case.heads * case.per_head)) if case.logits else None
+        return {"scale": case.scale, "softcap": case.softcap, "sink_logits": logits}
 
     def nothing(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """An output."""
@@ -261,7 +270,7 @@ def test_quantized_decode_attention(build_context, error_of, each_isa, case):
         make.tight(context.seq_lens),
         make.tight(coded),
     )
-    options = {"scale": case.scale, "softcap": case.softcap}
+    options = make.softmax()
     expected = torch.empty_like(query)
     reference.quantized_decode_attention(expected, *rest, **options)
     for isa in each_isa(case):
@@ -283,7 +292,7 @@ def test_log_mass(build_context, each_isa, case):
         make.tight(context.seq_lens),
         make.between(0, context.seq_lens),
     )
-    options = {"sink_tokens": case.sinks, "scale": case.scale, "softcap": case.softcap}
+    options = {"sink_tokens": case.sinks, **make.softmax()}
     expected = torch.empty(query.shape[:2])
     reference.log_mass(expected, *rest, **options)
     for _ in each_isa(case):
@@ -321,7 +330,7 @@ def test_score_select_and_propose(build_context, each_isa, case, kind):
     for isa in each_isa(case):
         scores = make.tight(empty)
         ops.score_tokens(scores, *rest, **options)
-        tables = isa == "avx512_gfni" and kind is DerivedKind.ONEBIT
+        tables = isa in ("avx512_gfni", "avx2") and kind is DerivedKind.ONEBIT
         found = torch.empty(*shape, case.k, dtype=torch.int32)
         for row, end in enumerate(tail_start.tolist()):
             middle = slice(case.sinks, max(case.sinks, end))
@@ -394,7 +403,7 @@ def test_sparse_decode_attention(build_context, error_of, each_isa, case):
         make.tight(context.seq_lens),
         tail_start,
     )
-    options = {"sink_tokens": case.sinks, "scale": case.scale, "softcap": case.softcap}
+    options = {"sink_tokens": case.sinks, **make.softmax()}
     expected = torch.empty_like(query)
     reference.sparse_decode_attention(expected, *rest, **options)
     for isa in each_isa(case):
@@ -420,7 +429,7 @@ def test_exact_attention(build_context, error_of, each_isa, case, most):
         make.tight(context.block_table),
         *map(make.tight, (starts, lens, lengths)),
     )
-    options = {"scale": case.scale, "softcap": case.softcap}
+    options = make.softmax()
     expected = torch.empty(query.shape, dtype=case.dtype)
     reference.exact_attention(expected, *rest, **options)
     for isa in each_isa(case, EXACT_ISAS):
@@ -438,7 +447,7 @@ def test_retrieve_attention(build_context, error_of, each_isa, case, kind):
     key, value = make.tight(context.cache.host[:2])
     before = (query, make.tight(context.cache.derived), key, key)
     rows = (make.tight(context.block_table), make.tight(context.seq_lens), tail_start)
-    softmax = {"scale": case.scale, "softcap": case.softcap}
+    softmax = make.softmax()
     options = softmax | {
         "sink_tokens": case.sinks,
         "critical_channels": 1 + case.seed % case.head_size,
@@ -465,7 +474,7 @@ def test_dense_preference(each_isa, case, length, queries):
     shape = (min(queries, length), case.heads * case.per_head, case.head_size)
     query = make.tight(make.normal(*shape).to(case.dtype))
     key = make.tight(make.normal(length, case.heads, case.head_size).to(case.dtype))
-    options = {"alpha": (1 + case.k) / 301, "scale": case.scale, "softcap": case.softcap}
+    options = {"alpha": (1 + case.k) / 301, **make.softmax()}
     expected = reference.dense_preference(query, key, **options)
     for isa in each_isa(case):
         actual = ops.dense_preference(query, key, **options)

@@ -87,6 +87,7 @@ def arguments(build_context: Callable[..., Any]) -> Callable[[str], dict[str, An
             "critical_channels": 8,
         }
         softmax = {"scale": 0.1, "softcap": 0.0}
+        sinks = {"sink_logits": torch.zeros(HEADS)}
         pages = {"key_cache": host.key, "value_cache": host.value}
         mass = torch.zeros(ROWS, HEADS)
         found: dict[str, dict[str, Any]] = {
@@ -111,6 +112,7 @@ def arguments(build_context: Callable[..., Any]) -> Callable[[str], dict[str, An
                 **rows,
                 "tail_start": tail,
                 **softmax,
+                **sinks,
             },
             "log_mass": {
                 "mass": mass,
@@ -120,6 +122,7 @@ def arguments(build_context: Callable[..., Any]) -> Callable[[str], dict[str, An
                 "tail_start": tail,
                 "sink_tokens": 8,
                 **softmax,
+                **sinks,
             },
             "score_tokens": {"scores": torch.empty(ROWS, KV_HEADS, most), **score},
             "select_topk": {
@@ -154,6 +157,7 @@ def arguments(build_context: Callable[..., Any]) -> Callable[[str], dict[str, An
                 "every_head": True,
                 **softmax,
                 "max_tail_start": most,
+                **sinks,
             },
             "sparse_decode_attention": {
                 "output": torch.empty_like(query),
@@ -164,6 +168,7 @@ def arguments(build_context: Callable[..., Any]) -> Callable[[str], dict[str, An
                 "tail_start": tail,
                 "sink_tokens": 8,
                 **softmax,
+                **sinks,
             },
             "retrieve_attention": {
                 "output": torch.empty_like(query),
@@ -182,6 +187,7 @@ def arguments(build_context: Callable[..., Any]) -> Callable[[str], dict[str, An
                 "every_head": True,
                 **softmax,
                 "max_tail_start": most,
+                **sinks,
             },
             "exact_attention": {
                 "output": torch.empty_like(query),
@@ -192,12 +198,14 @@ def arguments(build_context: Callable[..., Any]) -> Callable[[str], dict[str, An
                 "query_lens": torch.ones(ROWS).int(),
                 "seq_lens": lengths,
                 **softmax,
+                **sinks,
             },
             "dense_preference": {
                 "query": torch.randn(3, HEADS, SIZE),
                 "key": torch.randn(50, KV_HEADS, SIZE),
                 "alpha": 0.1,
                 **softmax,
+                **sinks,
             },
         }
         return found[op_of(case)]
@@ -252,6 +260,7 @@ BROKEN: list[tuple[str, str, Callable[[Any], Any]]] = [
     ("exact_attention", "query_lens", wide),
     ("exact_attention", "seq_lens", lambda x: x * 1000),
     ("exact_attention", "scale", number(0)),
+    ("exact_attention", "sink_logits", halved(0)),
     ("write_kv", "value_cache", halved(0)),
     ("write_kv", "value_cache", halved(2)),
     ("write_kv", "key_rows", halved(0)),
@@ -294,6 +303,13 @@ BROKEN: list[tuple[str, str, Callable[[Any], Any]]] = [
     ("log_mass", "mass", wide),
     ("log_mass", "seq_lens", lambda x: x + 10_000),
     ("log_mass", "sink_tokens", number(-1)),
+    ("log_mass", "sink_logits", lambda x: x.bfloat16()),
+    ("quantized_decode_attention", "sink_logits", halved(0)),
+    ("retrieve_onebit", "sink_logits", halved(0)),
+    ("sparse_decode_attention", "sink_logits", lambda x: x[:, None]),
+    ("attention_onebit", "sink_logits", wide),
+    ("attention_channels", "sink_logits", strided),
+    ("dense_preference", "sink_logits", halved(0)),
     ("score_onebit", "scores", halved(0)),
     ("score_onebit", "scores", halved(1)),
     ("score_onebit", "scores", halved(2)),

@@ -16,18 +16,21 @@ CASES = [
 
 @pytest.mark.parametrize(("dtype", "heads", "per_head", "head_size", "length", "queries"), CASES)
 @pytest.mark.parametrize(("alpha", "softcap"), [(0.001, 0.0), (0.05, 1.5), (1.0, 0.0)])
-def test_equals_reference(fast, dtype, heads, per_head, head_size, length, queries, alpha, softcap):
+def test_equals_reference(
+    fast, sinks_of, dtype, heads, per_head, head_size, length, queries, alpha, softcap
+):
     query = torch.randn(queries, heads * per_head, head_size).to(dtype)
     key = torch.randn(length, heads, head_size).to(dtype)
-    expected = reference.dense_preference(query, key, alpha, head_size**-0.5, softcap)
-    actual = fast.dense_preference(query, key, alpha, head_size**-0.5, softcap)
+    options = (alpha, head_size**-0.5, softcap, sinks_of(heads * per_head))
+    expected = reference.dense_preference(query, key, *options)
+    actual = fast.dense_preference(query, key, *options)
     assert (actual - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
-def test_reference_against_loops(softcap):
-    query, key = torch.randn(3, 4, 16), torch.randn(50, 2, 16)
-    actual = reference.dense_preference(query, key, 0.1, 0.25, softcap)
+def test_reference_against_loops(softcap, sinks_of):
+    query, key, sinks = torch.randn(3, 4, 16), torch.randn(50, 2, 16), sinks_of(4)
+    actual = reference.dense_preference(query, key, 0.1, 0.25, softcap, sinks)
     for head in range(4):
         total = 0.0
         for i in range(3):
@@ -35,8 +38,10 @@ def test_reference_against_loops(softcap):
             scores = visible @ query[i, head].double() * 0.25
             if softcap:
                 scores = softcap * (scores / softcap).tanh()
-            weights = torch.softmax(scores, 0)
-            total += float(weights.sort(descending=True).values[:5].sum())
+            weights = scores.exp()
+            sink = 0.0 if sinks is None else sinks[head].double().exp()
+            largest = weights.sort(descending=True).values[:5].sum()
+            total += float((largest + sink) / (weights.sum() + sink))
         assert abs(float(actual[head]) - (1 - total / 3)) < 1e-5
 
 

@@ -32,7 +32,7 @@ def starts_of(query_lens: torch.Tensor) -> torch.Tensor:
     return (query_lens.cumsum(0) - query_lens).int()
 
 
-def run(function, context, query, query_lens, seq_lens, softcap=0.0):
+def run(function, context, query, query_lens, seq_lens, softcap=0.0, sink_logits=None):
     output = torch.full(query.shape, float("nan"), dtype=query.dtype)
     function(
         output,
@@ -45,6 +45,7 @@ def run(function, context, query, query_lens, seq_lens, softcap=0.0):
         seq_lens,
         query.shape[2] ** -0.5,
         softcap,
+        sink_logits,
     )
     return output
 
@@ -77,6 +78,7 @@ def test_equals_reference(
     exact_cpu,
     build_context,
     error_of,
+    sinks_of,
     dtype,
     key_layout,
     heads,
@@ -89,8 +91,9 @@ def test_equals_reference(
     query_lens = torch.tensor(QUERIES, dtype=torch.int32)
     query = queries(context, group, sum(QUERIES))
 
-    expected = run(reference.exact_attention, context, query, query_lens, context.seq_lens, softcap)
-    actual = run(exact_cpu.exact_attention, context, query, query_lens, context.seq_lens, softcap)
+    options = (query_lens, context.seq_lens, softcap, sinks_of(heads * group))
+    expected = run(reference.exact_attention, context, query, *options)
+    actual = run(exact_cpu.exact_attention, context, query, *options)
 
     assert error_of(actual, expected) < TOLERANCE[dtype]
 
@@ -103,22 +106,23 @@ LONG = [5000, 2047, 2049, 4096]
 @pytest.mark.parametrize("query_lens", [[1, 1, 1, 1], [40, 3, 200, 1]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_long_contexts(
-    exact_cpu, build_context, error_of, threads, dtype, query_lens, threads_used
+    exact_cpu, build_context, error_of, sinks_of, threads, dtype, query_lens, threads_used
 ):
     context = build(build_context, LONG, dtype, KeyLayout.TOKEN_MAJOR, 1, 64, 128)
     query_lens = torch.tensor(query_lens, dtype=torch.int32)
     query = queries(context, 2, int(query_lens.sum()))
     threads(threads_used)
 
-    expected = run(reference.exact_attention, context, query, query_lens, context.seq_lens)
-    actual = run(exact_cpu.exact_attention, context, query, query_lens, context.seq_lens)
+    options = (query_lens, context.seq_lens, 0.0, sinks_of(2))
+    expected = run(reference.exact_attention, context, query, *options)
+    actual = run(exact_cpu.exact_attention, context, query, *options)
 
     assert error_of(actual, expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("key_layout", list(KeyLayout))
-def test_chunks_change_no_bit(exact_cpu, build_context, threads, dtype, key_layout):
+def test_chunks_change_no_bit(exact_cpu, build_context, sinks_of, threads, dtype, key_layout):
     """Whatever the chunks, the rest of the batch, and the threads."""
     length = 4500
     context = build(build_context, [length, 70], dtype, key_layout, 1, 64, 64)
@@ -129,6 +133,7 @@ def test_chunks_change_no_bit(exact_cpu, build_context, threads, dtype, key_layo
         query,
         torch.tensor([300, 0], dtype=torch.int32),
         context.seq_lens,
+        sink_logits=sinks_of(3),
     )
 
     before = length - 300
@@ -142,6 +147,7 @@ def test_chunks_change_no_bit(exact_cpu, build_context, threads, dtype, key_layo
                 mixed,
                 torch.tensor([end - start, 5], dtype=torch.int32),
                 torch.tensor([before + end, 70], dtype=torch.int32),
+                sink_logits=sinks_of(3),
             )
             assert torch.equal(result[:-5], whole[start:end])
 

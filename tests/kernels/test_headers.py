@@ -14,7 +14,7 @@ TORCH = Path(torch.__file__).parent / "include"
 INCLUDES = [TORCH, TORCH / "torch/csrc/api/include", sysconfig.get_paths()["include"]]
 HEADERS = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cpu").glob("*.h")])
 if platform.machine() != "x86_64":
-    X86 = ("avx", "lut", "exact_bf16", "exact_pairs", "exact_tiles")
+    X86 = ("avx", "lut", "_256", "exact_bf16", "exact_pairs", "exact_tiles")
     HEADERS = [path for path in HEADERS if not any(part in path.name for part in X86)]
 
 

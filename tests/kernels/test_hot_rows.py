@@ -72,6 +72,7 @@ class Served:
             0.2,
             self.softcap,
             max(LENGTHS),
+            None,
             hot,
         )
         return output

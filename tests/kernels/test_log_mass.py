@@ -20,7 +20,7 @@ CASES = [
 ]
 
 
-def run(function, context, query, tail_start, sink_tokens, softcap=0.0):
+def run(function, context, query, tail_start, sink_tokens, softcap=0.0, sink_logits=None):
     mass = torch.full(query.shape[:2], float("nan"))
     function(
         mass,
@@ -32,6 +32,7 @@ def run(function, context, query, tail_start, sink_tokens, softcap=0.0):
         sink_tokens,
         query.shape[2] ** -0.5,
         softcap,
+        sink_logits,
     )
     return mass
 
@@ -44,6 +45,7 @@ def run(function, context, query, tail_start, sink_tokens, softcap=0.0):
 def test_equals_reference(
     fast,
     build_context,
+    sinks_of,
     dtype,
     key_layout,
     heads,
@@ -66,8 +68,9 @@ def test_equals_reference(
     context.seq_lens[0] = 0
     tail_start = (context.seq_lens - recent).clamp(min=0).int()
     query = (4 * torch.randn(len(LENGTHS), heads * per_head, head_size)).to(dtype)
-    expected = run(reference.log_mass, context, query, tail_start, sinks, softcap)
-    actual = run(fast.log_mass, context, query, tail_start, sinks, softcap)
+    options = (tail_start, sinks, softcap, sinks_of(heads * per_head))
+    expected = run(reference.log_mass, context, query, *options)
+    actual = run(fast.log_mass, context, query, *options)
     assert (expected[0] == 0).all()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
 
@@ -82,6 +85,21 @@ def test_counts_what_is_kept_once(fast, build_context):
         for module in (fast, reference):
             mass = run(module.log_mass, context, query, tail_start, sinks)
             torch.testing.assert_close(mass, torch.full_like(mass, expected))
+
+
+def test_sink_logits_weigh_beside_tokens(fast, build_context):
+    """Where no token is kept they are all there is."""
+    context = build_context([500], dtype=torch.float32)
+    query, logits = torch.zeros(1, 4, 64), torch.tensor([math.log(36), -30.0, 0.0, 500.0])
+    for sinks, start, expected in [
+        (8, 444, [math.log(100), math.log(64), math.log(65), 500.0]),
+        (0, 500, logits.tolist()),
+        (8, 8, [0.0] * 4),
+    ]:
+        tail_start = torch.tensor([start], dtype=torch.int32)
+        for module in (fast, reference):
+            mass = run(module.log_mass, context, query, tail_start, sinks, sink_logits=logits)
+            torch.testing.assert_close(mass, torch.tensor([expected]))
 
 
 def test_rows_without_a_middle_are_not_weighed(fast, build_context):

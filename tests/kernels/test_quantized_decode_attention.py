@@ -30,7 +30,7 @@ CASES = [
 CAPPED = [(*case, 5.0 * (i // 2 % 2)) for i, case in enumerate(CASES)]
 
 
-def run(function, context, query, tail_start, softcap=0.0):
+def run(function, context, query, tail_start, softcap=0.0, sink_logits=None):
     output = torch.full_like(query, float("nan"))
     function(
         output,
@@ -43,6 +43,7 @@ def run(function, context, query, tail_start, softcap=0.0):
         tail_start,
         query.shape[2] ** -0.5,
         softcap,
+        sink_logits,
     )
     return output
 
@@ -59,6 +60,7 @@ def test_equals_reference(
     fast,
     build_context,
     error_of,
+    sinks_of,
     dtype,
     key_layout,
     heads,
@@ -82,19 +84,21 @@ def test_equals_reference(
     query = torch.randn(len(LENGTHS), heads * per_head, head_size).to(dtype)
     residual = (context.seq_lens - 128).clamp(min=0) // group_size * group_size
     for tail_start in (context.complete, residual.int(), torch.zeros_like(residual)):
-        expected = run(reference.quantized_decode_attention, context, query, tail_start, softcap)
-        actual = run(fast.quantized_decode_attention, context, query, tail_start, softcap)
+        options = (tail_start, softcap, sinks_of(heads * per_head))
+        expected = run(reference.quantized_decode_attention, context, query, *options)
+        actual = run(fast.quantized_decode_attention, context, query, *options)
         limit = TOLERANCE[dtype] if fast is cpu_module else max(TWO_PARTS, TOLERANCE[dtype])
         assert error_of(actual, expected) < limit
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_split_over_threads(cpu, build_context, error_of, threads, count):
+def test_split_over_threads(cpu, build_context, error_of, sinks_of, threads, count):
     context = build_context([3000], heads=1, head_size=64, bits=2, dtype=torch.float32)
     query = torch.randn(1, 4, 64)
-    expected = run(reference.quantized_decode_attention, context, query, context.complete)
+    options = (context.complete, 0.0, sinks_of(4))
+    expected = run(reference.quantized_decode_attention, context, query, *options)
     threads(count)
-    actual = run(cpu.quantized_decode_attention, context, query, context.complete)
+    actual = run(cpu.quantized_decode_attention, context, query, *options)
     assert error_of(actual, expected) < 1e-5
 
 
@@ -112,14 +116,15 @@ def test_reference_without_codes_is_attention(build_context, error_of):
     assert error_of(actual, expected.flatten(0, 1)[None]) < 1e-5
 
 
-def test_padding_rows(fast, build_context, error_of):
+def test_padding_rows(fast, build_context, error_of, sinks_of):
     """Rows of length 0, as CUDA graphs pad batches with: 0, and no page is read."""
     context = build_context([300, 70], dtype=torch.float32)
     query = torch.randn(2, 4, 64)
     coded = torch.tensor([192, 0], dtype=torch.int32)
-    expected = run(reference.quantized_decode_attention, context, query, coded)
+    options = (coded, 0.0, sinks_of(4))
+    expected = run(reference.quantized_decode_attention, context, query, *options)
     context.seq_lens[1] = 0
-    actual = run(fast.quantized_decode_attention, context, query, coded)
+    actual = run(fast.quantized_decode_attention, context, query, *options)
     assert error_of(actual[0], expected[0]) < TWO_PARTS
     assert not actual[1].any()
 

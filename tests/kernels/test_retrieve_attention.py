@@ -11,7 +11,9 @@ LENGTHS = [450, 1, 500, 0, 406, 500, 320]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 1.6e-2}
 
 
-def arguments_of(context, query, k, candidates, every_head, channels, softcap=0.0):
+def arguments_of(
+    context, query, k, candidates, every_head, channels, softcap=0.0, sink_logits=None
+):
     """Everything but the output, by position."""
     host, tail = context.cache.host, context.complete
     return (
@@ -32,6 +34,7 @@ def arguments_of(context, query, k, candidates, every_head, channels, softcap=0.
         0.2,
         softcap,
         int(tail.max()),
+        sink_logits,
     )
 
 
@@ -57,6 +60,7 @@ def test_equals_its_steps(
     build_context,
     threads,
     error_of,
+    sinks_of,
     kind,
     k,
     candidates,
@@ -74,7 +78,9 @@ def test_equals_its_steps(
     channels = head_size if key_rows else head_size * 3 // 8
     for every_head, count in ((True, 1), (True, 2), (False, 3)):
         threads(count)
-        arguments = arguments_of(context, query, k, candidates, every_head, channels, softcap)
+        arguments = arguments_of(
+            context, query, k, candidates, every_head, channels, softcap, sinks_of(heads * group)
+        )
         expected = attended(composed.retrieve_attention, arguments)
         output = attended(cpu.retrieve_attention, arguments)
         # The mean of the heads may be added up in another order there, and tokens differ then.

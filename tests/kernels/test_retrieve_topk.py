@@ -12,7 +12,9 @@ from vllm_tailorkv.layout import DerivedKind, KeyLayout
 LENGTHS = [300, 1, 1000, 513]
 
 
-def arguments_of(context, query, kind, k, candidates, every_head, softcap=0.0, channels=None):
+def arguments_of(
+    context, query, kind, k, candidates, every_head, softcap=0.0, channels=None, sink_logits=None
+):
     """Everything but the indices, by position."""
     host, tail = context.cache.host, context.complete
     most = int(tail.max())
@@ -32,6 +34,7 @@ def arguments_of(context, query, kind, k, candidates, every_head, softcap=0.0, c
         0.2,
         softcap,
         most,
+        sink_logits,
     )
 
 
@@ -53,7 +56,18 @@ def found(function, rows, heads, k, arguments):
     ],
 )
 def test_equals_its_steps(
-    cpu, build_context, kind, k, candidates, dtype, heads, group, head_size, key_rows, softcap
+    cpu,
+    build_context,
+    sinks_of,
+    kind,
+    k,
+    candidates,
+    dtype,
+    heads,
+    group,
+    head_size,
+    key_rows,
+    softcap,
 ):
     context = build_context(
         LENGTHS, kind=kind, heads=heads, head_size=head_size, dtype=dtype, key_rows=key_rows
@@ -61,7 +75,8 @@ def test_equals_its_steps(
     query = torch.randn(len(LENGTHS), heads * group, head_size).to(dtype)
     channels = head_size if key_rows else head_size * 3 // 8
     for every_head in (True, False):
-        arguments = arguments_of(context, query, kind, k, candidates, every_head, softcap, channels)
+        softmax = (softcap, channels, sinks_of(heads * group))
+        arguments = arguments_of(context, query, kind, k, candidates, every_head, *softmax)
         expected = found(composed.retrieve_topk, len(LENGTHS), heads, k, arguments)
         indices = found(cpu.retrieve_topk, len(LENGTHS), heads, k, arguments)
         if every_head or group == 1:
@@ -95,7 +110,18 @@ def in_triton(monkeypatch):
     ],
 )
 def test_triton_equals_its_steps(
-    in_triton, placed, monkeypatch, build_context, kind, k, candidates, dtype, heads, group, softcap
+    in_triton,
+    placed,
+    monkeypatch,
+    build_context,
+    sinks_of,
+    kind,
+    k,
+    candidates,
+    dtype,
+    heads,
+    group,
+    softcap,
 ):
     """It gives kernels other arguments than the steps do, and takes rows in turns."""
     context = build_context(
@@ -104,10 +130,11 @@ def test_triton_equals_its_steps(
     steps, at_once = placed(composed), placed(triton_module)
     query = torch.randn(len(LENGTHS), heads * group, 64).to(dtype)
     for every_head in (True, False):
-        arguments = arguments_of(context, query, kind, k, candidates, every_head, softcap)
+        softmax = (softcap, None, sinks_of(heads * group))
+        arguments = arguments_of(context, query, kind, k, candidates, every_head, *softmax)
         monkeypatch.setattr(composed, "SCORES_BYTES", 256 << 20)
         expected = found(steps.retrieve_topk, len(LENGTHS), heads, k, arguments)
-        monkeypatch.setattr(composed, "SCORES_BYTES", 3 * heads * arguments[-1] * 4)
+        monkeypatch.setattr(composed, "SCORES_BYTES", 3 * heads * arguments[-2] * 4)
         indices = found(at_once.retrieve_topk, len(LENGTHS), heads, k, arguments)
         # The next launches start from them.
         assert not any(counters.any() for counters in launch._counters.values())

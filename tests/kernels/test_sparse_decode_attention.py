@@ -40,7 +40,7 @@ def choose(tail_start: torch.Tensor, heads: int, k: int) -> torch.Tensor:
     return indices
 
 
-def run(function, context, query, indices, tail_start, softcap=0.0):
+def run(function, context, query, indices, tail_start, softcap=0.0, sink_logits=None):
     output = torch.full_like(query, float("nan"))
     function(
         output,
@@ -54,6 +54,7 @@ def run(function, context, query, indices, tail_start, softcap=0.0):
         SINKS,
         query.shape[2] ** -0.5,
         softcap,
+        sink_logits,
     )
     return output
 
@@ -65,6 +66,7 @@ def test_equals_reference(
     fast,
     build_context,
     error_of,
+    sinks_of,
     dtype,
     key_layout,
     heads,
@@ -87,12 +89,15 @@ def test_equals_reference(
     tail_start = (lengths - 56).clamp(min=SINKS).minimum(lengths).int()
     query = torch.randn(len(LENGTHS), heads * per_head, head_size).to(dtype)
     indices = choose(tail_start, heads, k)
-    expected = run(reference.sparse_decode_attention, context, query, indices, tail_start, softcap)
-    actual = run(fast.sparse_decode_attention, context, query, indices, tail_start, softcap)
+    options = (indices, tail_start, softcap, sinks_of(heads * per_head))
+    expected = run(reference.sparse_decode_attention, context, query, *options)
+    actual = run(fast.sparse_decode_attention, context, query, *options)
     assert error_of(actual, expected) < TOLERANCE[dtype]
 
 
-def test_merged_by_the_last_program_or_by_another_launch(monkeypatch, placed, build_context):
+def test_merged_by_the_last_program_or_by_another_launch(
+    monkeypatch, placed, build_context, sinks_of
+):
     """Many programs share a row of a small batch: another launch merges what they left."""
     context = build_context([900, 0, 60], kind=DerivedKind.ONEBIT, dtype=torch.bfloat16)
     tail_start = torch.tensor([844, 0, 8], dtype=torch.int32)
@@ -100,22 +105,22 @@ def test_merged_by_the_last_program_or_by_another_launch(monkeypatch, placed, bu
     outputs = []
     for most in (0, 1000):
         monkeypatch.setattr(attend, "_MOST_MERGED", most)
-        outputs.append(
-            run(placed(triton).sparse_decode_attention, context, query, indices, tail_start)
-        )
+        options = (indices, tail_start, 0.0, sinks_of(6))
+        outputs.append(run(placed(triton).sparse_decode_attention, context, query, *options))
     assert torch.equal(*outputs)
     assert (outputs[0][1] == 0).all()
     assert not outputs[0].isnan().any()
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_split_over_threads(cpu, build_context, error_of, threads, count):
+def test_split_over_threads(cpu, build_context, error_of, sinks_of, threads, count):
     context = build_context([2000], kind=DerivedKind.CHANNELS, heads=1, dtype=torch.float32)
     tail_start = torch.tensor([1900], dtype=torch.int32)
     query, indices = torch.randn(1, 4, 64), choose(tail_start, 1, 700)
-    expected = run(reference.sparse_decode_attention, context, query, indices, tail_start)
+    options = (indices, tail_start, 0.0, sinks_of(4))
+    expected = run(reference.sparse_decode_attention, context, query, *options)
     threads(count)
-    actual = run(cpu.sparse_decode_attention, context, query, indices, tail_start)
+    actual = run(cpu.sparse_decode_attention, context, query, *options)
     assert error_of(actual, expected) < 1e-5
 
 
@@ -136,16 +141,17 @@ def test_everything_selected_is_attention(fast, build_context, error_of):
         assert error_of(actual, expected) < 1e-5
 
 
-def test_padding_rows(fast, build_context, error_of):
+def test_padding_rows(fast, build_context, error_of, sinks_of):
     """Rows of length 0, as CUDA graphs pad batches with: 0, and no page is read."""
     context = build_context([300, 70], dtype=torch.float32)
     query = torch.randn(2, 4, 64)
     tail_start = torch.tensor([250, 0], dtype=torch.int32)
     indices = torch.full((2, 2, 20), -1, dtype=torch.int32)
     indices[0] = torch.arange(100, 120)
-    expected = run(reference.sparse_decode_attention, context, query, indices, tail_start)
+    options = (indices, tail_start, 0.0, sinks_of(4))
+    expected = run(reference.sparse_decode_attention, context, query, *options)
     context.seq_lens[1] = 0
-    actual = run(fast.sparse_decode_attention, context, query, indices, tail_start)
+    actual = run(fast.sparse_decode_attention, context, query, *options)
     assert error_of(actual[0], expected[0]) < 1e-5
     assert not actual[1].any()
 

@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ import torch  # noqa: E402
 from counted import Counted  # noqa: E402
 from engines import engine, greedy, random_prompts  # noqa: E402
 from features import metric  # noqa: E402
+from plain_varlen import attended  # noqa: E402
 
 from vllm_tailorkv.attention import hot, impl, staged, varlen  # noqa: E402
 
@@ -96,26 +96,6 @@ def chunks_and_preemption() -> dict[str, Any]:
         tokens = greedy(llm, prompts, 12)
         preemptions = metric(llm, "num_preemptions")
     return {"tokens": tokens, "preemptions": preemptions}
-
-
-def attended(call: Any) -> torch.Tensor:
-    """Attention in plain torch that can be merged; see `varlen.Varlen`."""
-    starts, bounds = (part.tolist() for part in call.contexts[:2])
-    per_head = call.query.shape[1] // call.key.shape[1]
-    log_sums = []
-    for i, (first, last) in enumerate(pairwise(starts)):
-        query = call.query[first:last]
-        key, value = (
-            part[bounds[i] : bounds[i + 1]].repeat_interleave(per_head, 1)
-            for part in (call.key, call.value)
-        )
-        scores = torch.einsum("qhd,khd->hqk", query, key) * call.scale
-        if call.causal:
-            future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + len(key) - len(query))
-            scores = scores.masked_fill(future, -torch.inf)
-        call.output[first:last] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
-        log_sums.append(scores.logsumexp(-1))
-    return torch.cat(log_sums, 1)
 
 
 @contextmanager

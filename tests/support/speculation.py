@@ -1,20 +1,22 @@
-"""Greedy tokens of our backend with n-gram speculation, in a process of its own.
+"""Greedy tokens of our backend with speculation, in a process of its own.
 
-Prints one line of JSON: the tokens, the rows that tailored ops served, and how many tokens were
-drafted and accepted. Usage: python speculation.py MODEL CASE
+Prints one line of JSON: the tokens, the rows that tailored ops served, how many tokens were drafted
+and accepted, and how often a request was preempted. Usage: python speculation.py MODEL CASE [DRAFT]
 """
 
 import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engines import VOCABULARY, engine, greedy, random_prompts
 from features import metric
 from tailored import BOTH_EXACT, SMALL_BUDGET, tailored_ops
+
+from vllm_tailorkv.attention.carried import DRAFTER
 
 STEPS = 16
 
@@ -26,11 +28,13 @@ class Speculation:
     Args:
         start: what all prompts start with.
         lengths: random tokens after it.
+        engine: arguments of the engine.
     """
 
     options: dict[str, Any]
     start: list[int]
     lengths: list[int]
+    engine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -40,6 +44,15 @@ class Speculation:
 CASES = {
     "always": Speculation(SMALL_BUDGET, list(range(VOCABULARY)), [300, 700]),
     "sometimes": Speculation(BOTH_EXACT, [], [130, 257, 300]),
+    "right": Speculation(BOTH_EXACT, [], [1, 126, 250, 380, 900]),
+    # A few tokens are read of each context, chunks of prompts share steps with drafts, and there
+    # are blocks for the longest request and little more.
+    "wrong": Speculation(
+        SMALL_BUDGET | {"profile": {"dense_layers": [0, 2]}, "bits": 1, "residual_tokens": 0},
+        [],
+        [126, 127, 125, 126, 124, 126, 250],
+        {"num_gpu_blocks_override": 9, "max_model_len": 1024, "max_num_batched_tokens": 75},
+    ),
 }
 
 
@@ -51,13 +64,14 @@ class Result:
     tailored: int
     drafted: int
     accepted: int
+    preempted: int
 
 
-def run(model: Path, name: str, draft: Path | None = None) -> Result:
+def run(model: Path, name: str, draft: Path | str | None = None) -> Result:
     """Run one case in a process of its own.
 
     Args:
-        draft: a model that drafts; without one, n-grams of the prompt do.
+        draft: a model that drafts, or our drafter; without one, n-grams of the prompt do.
 
     After speculation, vLLM's CPU worker cannot start again in the same process: it trips over
     modules that speculation has imported.
@@ -72,14 +86,16 @@ def main(model: Path, case: Speculation, *draft: str) -> None:
     """Run our engine."""
     ngrams = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
     drafter = {"method": "draft_model", "model": draft[0]} if draft else ngrams
+    if draft == (DRAFTER,):
+        drafter = {"model": DRAFTER}
     config = {"num_speculative_tokens": 3} | drafter
-    arguments = {"speculative_config": config, "disable_log_stats": False}
+    arguments = {"speculative_config": config, "disable_log_stats": False} | case.engine
     with tailored_ops() as rows, engine(model, case.options, **arguments) as llm:
         tokens = greedy(llm, case.prompts, STEPS)
         drafted = int(metric(llm, "spec_decode_num_draft_tokens"))
         accepted = int(metric(llm, "spec_decode_num_accepted_tokens"))
-    result = {"tokens": tokens, "tailored": rows.total, "drafted": drafted, "accepted": accepted}
-    print(json.dumps(result))
+        preempted = int(metric(llm, "num_preemptions"))
+    print(json.dumps(asdict(Result(tokens, rows.total, drafted, accepted, preempted))))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,11 @@ from vllm_tailorkv.attention.workspace import Workspace
 from vllm_tailorkv.cache.views import derived_pages, host_pages
 from vllm_tailorkv.config import load_config
 from vllm_tailorkv.kernels import ops
+from vllm_tailorkv.kernels.reference import weigh
 from vllm_tailorkv.layout import DerivedKind, PageLayout
 
 NAME = "model.layers.5.self_attn.attn"
+SINKS = torch.tensor([3.0, -1e30, 0.0, 1.0, 8.0, -2.0])
 ONEBIT = PageLayout(DerivedKind.ONEBIT, 2, 64, 128, 64, 1, 4)
 DENSE = PageLayout(DerivedKind.DENSE, 2, 64, 128, 64, 2, 4)
 
@@ -59,13 +61,16 @@ def look(layer: Layer, rows: DecodeRows, query: torch.Tensor) -> tuple[str, floa
         sink_tokens=layer.config.sink_tokens,
         scale=layer.scale,
         softcap=layer.softcap,
+        sink_logits=layer.sink_logits,
     )
     GuardedRow(seen, 0).look(NAME, layer, query, output, rows, retrieve)
     return seen.last
 
 
-def test_nothing_is_lost_where_everything_is_selected() -> None:
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["plain", "sinks"])
+def test_nothing_is_lost_where_everything_is_selected(sinks: torch.Tensor | None) -> None:
     layer, rows, _, query = make_layer(topk_tokens=TAIL)
+    layer = layer._replace(sink_logits=sinks)
     name, error, lost = look(layer, rows, query)
     assert name == NAME
     assert error < 1e-6
@@ -82,16 +87,17 @@ def test_one_token_is_not_enough() -> None:
     assert lost == pytest.approx((float(weights.sum()) - kept) / query.shape[1], abs=1e-5)
 
 
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["plain", "sinks"])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_lost_mass_of_given_tokens(softcap: float) -> None:
+def test_lost_mass_of_given_tokens(softcap: float, sinks: torch.Tensor | None) -> None:
     layer, rows, key, query = make_layer(topk_tokens=4)
-    layer = layer._replace(softcap=softcap)
+    layer = layer._replace(softcap=softcap, sink_logits=sinks)
     indices = torch.tensor([[[8, 100, 439, -1], [9, -1, -1, -1]]], dtype=torch.int32)
     grouped = query[0].unflatten(0, (2, -1))
     scores = torch.einsum("hgd,hnd->hgn", grouped, key) * layer.scale
     if softcap:
         scores = softcap * (scores / softcap).tanh()
-    weights = scores.softmax(-1)
+    weights = weigh(scores, sinks)
     read = torch.zeros(2, 1, LENGTH, dtype=torch.bool)
     read[..., :8] = read[..., TAIL:] = True
     read[0, 0, [8, 100, 439]] = read[1, 0, 9] = True
@@ -99,11 +105,13 @@ def test_lost_mass_of_given_tokens(softcap: float) -> None:
     assert lost_mass(query, indices, layer, rows) == pytest.approx(expected, abs=1e-5)
 
 
-def test_exact_attention() -> None:
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["plain", "sinks"])
+def test_exact_attention(sinks: torch.Tensor | None) -> None:
     layer, rows, key, query = make_layer()
+    layer = layer._replace(sink_logits=sinks)
     value = layer.pages.host.value[rows.block_table[0].long()].transpose(0, 1).flatten(1, 2)
     grouped = query[0].unflatten(0, (2, -1))
-    weights = (torch.einsum("hgd,hnd->hgn", grouped, key) * layer.scale).softmax(-1)
+    weights = weigh(torch.einsum("hgd,hnd->hgn", grouped, key) * layer.scale, sinks)
     expected = torch.einsum("hgn,hnd->hgd", weights, value[:, :LENGTH]).flatten(0, 1)
     torch.testing.assert_close(exact_attention(query, layer, rows)[0], expected)
 

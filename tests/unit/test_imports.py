@@ -17,7 +17,7 @@ PACKAGE = vllm_tailorkv.__name__
 ROOT = Path(vllm_tailorkv.__file__).parent
 
 ORDER = [
-    {"plugin", "cli", "doctor", "demo", "identify", "capacity", "options_page", "top"},
+    {"plugin", "cli", "doctor", "demo", "identify", "capacity", "options_page", "top", "drafter"},
     {"patches"},
     {"attention"},
     {"cache"},
@@ -32,7 +32,16 @@ ORDER = [
 ]
 """Rooms from the top; one imports from its own and from lower ones."""
 
-MAY_IMPORT_VLLM = {"plugin", "cli", "doctor", "identify", "capacity", "patches", "attention"}
+MAY_IMPORT_VLLM = {
+    "plugin",
+    "cli",
+    "doctor",
+    "identify",
+    "capacity",
+    "patches",
+    "attention",
+    "drafter",
+}
 WITHOUT_TORCH = [
     *(
         "arguments",

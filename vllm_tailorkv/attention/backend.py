@@ -52,6 +52,11 @@ class TailorKVBackend(AttentionBackend):
         return NAME
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        """Every op of ours counts them."""
+        return True
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         """A connector would carry one tier only."""
         return False

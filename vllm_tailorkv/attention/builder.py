@@ -1,6 +1,6 @@
 """Builds a batch's metadata, once a step for all layers of one spec."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_tailorkv.attention.carried import plan_of
+from vllm_tailorkv.attention.carried import drafts_itself, plan_of
 from vllm_tailorkv.attention.counting import StepCounter
 from vllm_tailorkv.attention.cpu_batch import CpuBatch
 from vllm_tailorkv.attention.gpu_batch import GpuBatch
@@ -21,6 +21,7 @@ from vllm_tailorkv.attention.hot import HotMeter
 from vllm_tailorkv.attention.impl import TailorKVImpl
 from vllm_tailorkv.attention.metadata import TailorKVMetadata
 from vllm_tailorkv.attention.spec import TailorKVSpec
+from vllm_tailorkv.config import MOST_TOKENS, TailorKVConfig
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.failures import noted
 from vllm_tailorkv.kernels.dispatch import GPU_OPS, choose
@@ -35,8 +36,34 @@ class Batch(Protocol):
         ...
 
 
+class LastStep(NamedTuple):
+    """Where the requests of a step lie.
+
+    block_table: int32 [R, max_blocks]; seq_lens: int32 [R], tokens in context after it.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+class Planner(NamedTuple):
+    """Plans the batches of one kind of step, and counts what they do."""
+
+    batch: Batch
+    counter: StepCounter
+
+    def build(self, common: CommonAttentionMetadata) -> TailorKVMetadata:
+        """See `AttentionMetadataBuilder.build`."""
+        metadata = self.batch.build(common)
+        self.counter.count(common)
+        return metadata
+
+
 class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
-    """Builds `TailorKVMetadata` for the layers of one spec."""
+    """Builds `TailorKVMetadata` for the layers of one spec.
+
+    last: where the engine's last step lay, if the model drafts for itself.
+    """
 
     @classmethod
     def get_cudagraph_support(
@@ -62,17 +89,21 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
                 f"type {type(kv_cache_spec).__name__}, which is not supported"
             )
         plan = plan_of(vllm_config)
-        self.batch: Batch
+        layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
+        impls = [layer.impl for layer in layers.values() if isinstance(layer.impl, TailorKVImpl)]
+        batch: Batch
+        config = plan.config
         if plan.on_gpu:
             for op in GPU_OPS:
                 choose(op, device.type)
-            layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
-            impl = layers[layer_names[0]].impl
-            assert isinstance(impl, TailorKVImpl)
-            assert impl.staging is not None
-            self.batch = GpuBatch(kv_cache_spec, plan.config, vllm_config, device, impl.staging)
+            staging = impls[0].staging
+            assert staging is not None
+            batch = GpuBatch(kv_cache_spec, config, vllm_config, device, staging)
         else:
-            self.batch = CpuBatch(kv_cache_spec, plan.config)
+            if drafts_itself(vllm_config):
+                # What drafts is judged by: exact at any length.
+                config = config.model_copy(update={"full_attention_below": MOST_TOKENS})
+            batch = CpuBatch(kv_cache_spec, config)
         self.hot: HotMeter | None = None
         if plan.config.hot_tokens and kv_cache_spec.layout.kind is not DerivedKind.DENSE:
             chosen = choose("retrieve_attention", device.type)
@@ -84,13 +115,24 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
                 )
             self.hot = HotMeter(device)
         parallel = vllm_config.parallel_config
-        self.counter = StepCounter(
-            kv_cache_spec.layout,
-            plan.config,
-            len(layer_names),
-            on_gpu=plan.on_gpu,
-            first_rank=parallel.rank % parallel.tensor_parallel_size == 0,
-        )
+        first_rank = parallel.rank % parallel.tensor_parallel_size == 0
+
+        def counter(config: TailorKVConfig) -> StepCounter:
+            return StepCounter(
+                kv_cache_spec.layout,
+                config,
+                len(layer_names),
+                on_gpu=plan.on_gpu,
+                first_rank=first_rank,
+            )
+
+        self.served = Planner(batch, counter(config))
+        self.drafted: Planner | None = None
+        self.last: LastStep | None = None
+        if config is not plan.config:
+            self.drafted = Planner(CpuBatch(kv_cache_spec, plan.config), counter(plan.config))
+            for impl in impls:
+                impl.builder = self
         self.guard: Guard | None = None
         if plan.config.guard_share > 0:
             self.guard = Guard(kv_cache_spec.layout, plan.config, layer_names)
@@ -104,10 +146,21 @@ class TailorKVMetadataBuilder(AttentionMetadataBuilder[TailorKVMetadata]):
         """See `AttentionMetadataBuilder.build`."""
         if common_attn_metadata.causal is not True:
             raise TailorKVError("--attention-backend tailorkv serves causal attention only")
-        metadata = self.batch.build(common_attn_metadata)
-        self.counter.count(common_attn_metadata)
+        if self.drafted is not None:
+            lengths = common_attn_metadata.seq_lens.clone()
+            self.last = LastStep(common_attn_metadata.block_table_tensor, lengths)
         if self.hot is not None:
             self.hot.look()
+        return self._guarded(self.served.build(common_attn_metadata))
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> TailorKVMetadata:
+        """See `AttentionMetadataBuilder.build_for_drafting`: a step of our own `Drafter`."""
+        assert self.drafted is not None
+        return self._guarded(self.drafted.build(common_attn_metadata))
+
+    def _guarded(self, metadata: TailorKVMetadata) -> TailorKVMetadata:
         if self.guard is not None:
             metadata.guard = self.guard.next(metadata.decode)
         return metadata

@@ -19,6 +19,9 @@ SECTION = "tailorkv"
 FULL_ATTENTION = "full_attention"
 """vLLM's name for the layers that we serve, in `backend_per_kind`."""
 
+DRAFTER = "vllm_tailorkv.drafter.Drafter"
+"""What `--speculative-config` names as its model."""
+
 _CARRIED = "tailorkv_plan"
 _OF = "tailorkv_plan_of"
 """The options that the plan was made of: where they differ, it is another engine's."""
@@ -43,12 +46,23 @@ def _is_ours(backend: Any) -> bool:
     return backend is not None and backend.name == NAME
 
 
-def refuse_unread_variable() -> None:
-    """Refuse to serve by another backend where the environment asks for ours in vain.
+def drafts_itself(vllm_config: VllmConfig) -> bool:
+    """Whether the model's own tailored steps draft, and steps of exact attention judge."""
+    speculation = vllm_config.speculative_config
+    return speculation is not None and speculation.model == DRAFTER
+
+
+def refuse_other_backend(vllm_config: VllmConfig) -> None:
+    """Refuse to serve by another backend where ours is asked for in vain.
 
     Raises:
-        TailorKVError: it does, by what older vLLMs selected a backend by.
+        TailorKVError: it is, by what older vLLMs selected a backend by, or by our drafter's name.
     """
+    if drafts_itself(vllm_config):
+        raise TailorKVError(
+            f"--speculative-config names {DRAFTER}, which drafts by another attention than that "
+            "of the backend that was selected; give --attention-backend tailorkv, or leave it out"
+        )
     if os.environ.get(_UNREAD, "").lower() == "tailorkv":
         raise TailorKVError(
             f"{_UNREAD}=tailorkv is not read by this vLLM; give --attention-backend tailorkv (in "

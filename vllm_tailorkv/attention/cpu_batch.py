@@ -42,6 +42,7 @@ class PagedRows:
             self.seq_lens,
             scale=step.scale,
             softcap=step.softcap,
+            sink_logits=step.sink_logits,
         )
 
 

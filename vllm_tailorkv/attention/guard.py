@@ -156,12 +156,15 @@ def exact_attention(query: torch.Tensor, layer: Layer, rows: DecodeRows) -> torc
         sink_tokens=0,
         scale=layer.scale,
         softcap=layer.softcap,
+        sink_logits=layer.sink_logits,
     )
     return output
 
 
 def lost_mass(query: torch.Tensor, indices: torch.Tensor, layer: Layer, rows: DecodeRows) -> float:
     """The share of the true attention of one row on tokens that are not read, mean of its heads.
+
+    What a head pays to its sink logit is part of its attention, and not lost.
 
     Args:
         query: [1, H, d]; rows: that one.
@@ -171,7 +174,9 @@ def lost_mass(query: torch.Tensor, indices: torch.Tensor, layer: Layer, rows: De
     if int(rows.tail_start) <= sinks:
         return 0.0
 
-    def log_mass(sink_tokens: int, tail_start: torch.Tensor) -> torch.Tensor:
+    def log_mass(
+        sink_tokens: int, tail_start: torch.Tensor, sink_logits: torch.Tensor | None = None
+    ) -> torch.Tensor:
         mass = torch.empty(query.shape[:2], dtype=torch.float32)
         ops.log_mass(
             mass,
@@ -183,12 +188,14 @@ def lost_mass(query: torch.Tensor, indices: torch.Tensor, layer: Layer, rows: De
             sink_tokens=sink_tokens,
             scale=layer.scale,
             softcap=layer.softcap,
+            sink_logits=sink_logits,
         )
         return mass[0]
 
     # All but the first token, and that one: what has no middle is not weighed.
-    every = log_mass(0, torch.ones_like(rows.tail_start)).logaddexp(log_mass(1, rows.seq_lens))
-    always = log_mass(sinks, rows.tail_start)
+    every = log_mass(0, torch.ones_like(rows.tail_start), layer.sink_logits)
+    every = every.logaddexp(log_mass(1, rows.seq_lens))
+    always = log_mass(sinks, rows.tail_start, layer.sink_logits)
     block_size, kv_heads = key.shape[2], key.shape[1]
     places = indices[0].clamp(min=0).long()
     blocks = rows.block_table[0].long()[places // block_size]

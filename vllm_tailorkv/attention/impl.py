@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -21,6 +22,7 @@ from vllm_tailorkv.attention.selection import (
     attend_selected,
     retrieve,
 )
+from vllm_tailorkv.attention.sinks import sink_logits
 from vllm_tailorkv.attention.spec import TailorKVSpec
 from vllm_tailorkv.attention.staged import Staging
 from vllm_tailorkv.attention.varlen import Asked, choose_varlen
@@ -31,6 +33,9 @@ from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.failures import noted
 from vllm_tailorkv.kernels import ops
 from vllm_tailorkv.kernels.types import DenseCodes, HotRows
+
+if TYPE_CHECKING:
+    from vllm_tailorkv.attention.builder import TailorKVMetadataBuilder
 
 logger = init_logger(LOGGER)
 
@@ -54,6 +59,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **unsupported: object,
     ) -> None:
         given = sorted(name for name, value in unsupported.items() if value is not None)
@@ -74,6 +80,8 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.softcap = logits_soft_cap or 0.0
+        self.sinks = sinks
+        """A parameter of the layer, of this rank's heads: its numbers are loaded later."""
         vllm_config = get_current_vllm_config()
         plan = plan_of(vllm_config)
         self.config = plan.config
@@ -81,13 +89,16 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         """Of prompts on a GPU, shared by no other layer but in its memory."""
         if plan.on_gpu:
             dtype = vllm_config.model_config.dtype
-            asked = Asked(current_platform.device_type, dtype, head_size, self.softcap)
+            has_sinks = sinks is not None
+            asked = Asked(current_platform.device_type, dtype, head_size, self.softcap, has_sinks)
             varlen = choose_varlen(asked)
             self.staging = Staging(varlen, self.num_kv_heads, head_size, dtype, vllm_config)
         self.spec: TailorKVSpec | None = None
         self.hot: HotRows | None = None
         self.pages: Pages | None = None
         self.layer_name = ""
+        self.builder: TailorKVMetadataBuilder | None = None
+        """What plans the layer's steps, if the model drafts for itself."""
         self.selector: Selector = retrieve
         self.observer: Callable[[torch.Tensor, TailorKVMetadata], None] | None = None
         """Called with every step's queries [T, H, d] and metadata, its K and V written."""
@@ -180,6 +191,7 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
             host,
             self.scale,
             self.softcap,
+            sink_logits(self.sinks),
         )
         written = (step.key, step.value, host.key, host.value, attn_metadata.slot_mapping)
         groups, fit = attn_metadata.groups, self.config.fit_codes
@@ -203,6 +215,14 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
         query = step.query[rows.tokens].contiguous()
         in_place = isinstance(rows.tokens, slice)
         result = step.output[rows.tokens] if in_place else torch.empty_like(query)
+        layer = Layer(
+            self.pages,
+            self.config,
+            step.scale,
+            step.softcap,
+            metadata.workspace,
+            step.sink_logits,
+        )
         if isinstance(derived, DenseCodes):
             ops.quantized_decode_attention(
                 result,
@@ -213,17 +233,15 @@ class TailorKVImpl(AttentionImpl[TailorKVMetadata]):
                 rows.block_table,
                 rows.seq_lens,
                 rows.tail_start,
-                scale=self.scale,
-                softcap=self.softcap,
+                scale=step.scale,
+                softcap=step.softcap,
+                sink_logits=step.sink_logits,
             )
+        elif self.selector is retrieve:
+            attend_retrieved(result, query, layer, rows, self.hot)
         else:
-            layer = Layer(self.pages, self.config, self.scale, self.softcap, metadata.workspace)
-            if self.selector is retrieve:
-                attend_retrieved(result, query, layer, rows, self.hot)
-            else:
-                attend_selected(result, query, self.selector(query, layer, rows), layer, rows)
+            attend_selected(result, query, self.selector(query, layer, rows), layer, rows)
         if metadata.guard is not None:
-            layer = Layer(self.pages, self.config, self.scale, self.softcap, metadata.workspace)
             metadata.guard.look(self.layer_name, layer, query, result, rows, self.selector)
         if not in_place:
             step.output[rows.tokens] = result

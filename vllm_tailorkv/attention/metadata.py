@@ -18,7 +18,7 @@ class Step(NamedTuple):
 
     query, output: [T, H, d]; key, value: [T, Hk, d].
     host: the layer's pages of full precision.
-    scale, softcap: see `kernels.ops`.
+    scale, softcap, sink_logits: see `kernels.ops`.
     """
 
     query: torch.Tensor
@@ -28,6 +28,7 @@ class Step(NamedTuple):
     host: HostPages
     scale: float
     softcap: float
+    sink_logits: torch.Tensor | None
 
 
 class ExactRows(Protocol):

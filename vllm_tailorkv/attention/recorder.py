@@ -14,6 +14,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm_tailorkv.attention.cpu_batch import PagedRows
 from vllm_tailorkv.attention.impl import TailorKVImpl
 from vllm_tailorkv.attention.metadata import TailorKVMetadata
+from vllm_tailorkv.attention.sinks import sink_logits
 from vllm_tailorkv.errors import TailorKVError
 from vllm_tailorkv.kernels import ops
 
@@ -105,6 +106,7 @@ class LayerRecorder:
         key_pages = pages.host.key
         blocks = block_table[: ceil(length / key_pages.shape[2])].long()
         scores: list[float] = []
+        sinks = sink_logits(impl.sinks)
         for head, group in enumerate(queries.chunk(impl.num_kv_heads, dim=1)):
             key = key_pages[blocks, head].flatten(0, 1)[:length].unsqueeze(1)
             preference = ops.dense_preference(
@@ -113,6 +115,7 @@ class LayerRecorder:
                 alpha=self.recording.alpha,
                 scale=impl.scale,
                 softcap=impl.softcap,
+                sink_logits=None if sinks is None else sinks.chunk(impl.num_kv_heads)[head],
             )
             scores += preference.tolist()
         return scores

@@ -77,17 +77,20 @@ def _is_told(lines: Sequence[str]) -> bool:
     return False
 
 
-def tell_plan(plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int]) -> None:
+def tell_plan(
+    plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int], drafts: int = 0
+) -> None:
     """Log the plan, set the metric, and make room for those of other processes.
 
     Args:
         sizing: of every worker, if that is known: bytes of a token in all its layers.
         windowed: layers with a sliding window, which are vLLM's.
+        drafts: how many tokens the model drafts for itself, 0 where it does not.
     """
     config, layers = plan.config, plan.layers
     dense = tuple(layer for layer in layers.dense if layer not in windowed)
     sparse = tuple(layer for layer in layers.sparse if layer not in windowed)
-    _log_plan(plan, dense, sparse, windowed)
+    _log_plan(plan, dense, sparse, windowed, drafts)
     tokens = sizing.block_size if sizing else 1
     values: dict[str, object] = {
         "dense_layers": ",".join(map(str, dense)),
@@ -113,14 +116,21 @@ def tell_plan(plan: Plan, sizing: CacheSizing | None, windowed: Sequence[int]) -
 
 
 def _log_plan(
-    plan: Plan, dense: tuple[int, ...], sparse: tuple[int, ...], windowed: Sequence[int]
+    plan: Plan,
+    dense: tuple[int, ...],
+    sparse: tuple[int, ...],
+    windowed: Sequence[int],
+    drafts: int,
 ) -> None:
     config, layers, name = plan.config, plan.layers, plan.model.name
     others = f"; left to vLLM: {_listed(tuple(windowed))}" if windowed else ""
+    beyond = "beyond,"
+    if drafts:
+        beyond = f"beyond, full attention judges drafts of up to {drafts} tokens, for which"
     lines = [
         f"TailorKV: dense layers (quantized to {config.bits} bit): {_listed(dense)}; sparse "
         f"layers: {_listed(sparse)}{others}; from {layers.source}.",
-        f"TailorKV: contexts up to {config.exact_below:,} tokens are attended in full; beyond, a "
+        f"TailorKV: contexts up to {config.exact_below:,} tokens are attended in full; {beyond} a "
         f"sparse layer reads {config.budget_tokens:,} tokens a step, found by index "
         f"{config.index}.",
     ]

@@ -24,7 +24,7 @@ class Pages:
 class Layer(NamedTuple):
     """What a policy may know of its layer.
 
-    scale, softcap: what turns q.k into the scores of the softmax, see `kernels.ops`.
+    scale, softcap, sink_logits: what turns q.k into the softmax, see `kernels.ops`.
     workspace: scratch memory of the step.
     """
 
@@ -33,6 +33,7 @@ class Layer(NamedTuple):
     scale: float
     softcap: float
     workspace: Workspace
+    sink_logits: torch.Tensor | None = None
 
 
 class Selector(Protocol):
@@ -126,6 +127,7 @@ def attend_selected(
         sink_tokens=layer.config.sink_tokens,
         scale=layer.scale,
         softcap=layer.softcap,
+        sink_logits=layer.sink_logits,
     )
 
 
@@ -140,6 +142,7 @@ def _options(layer: Layer, rows: DecodeRows) -> dict[str, Any]:
         "every_head": config.query_reduce == "max",
         "scale": layer.scale,
         "softcap": layer.softcap,
+        "sink_logits": layer.sink_logits,
         "max_tail_start": max(0, rows.max_tail_start),
     }
 

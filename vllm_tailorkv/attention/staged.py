@@ -216,12 +216,24 @@ class StagedRows:
                     piece.causal,
                     step.scale,
                     step.softcap,
+                    None if self.staging.varlen.merges else step.sink_logits,
                 )
                 parts.append((target, self.staging.varlen.attend(call)))
                 if len(parts) == 2:
                     parts = [_merged(*parts[0], *parts[1])]
-            if parts[0][0] is not output:
-                output.copy_(parts[0][0])
+            result, log_sum = parts[0]
+            if step.sink_logits is not None and log_sum is not None:
+                result = _with_sinks(result, log_sum, step.sink_logits)
+            if result is not output:
+                output.copy_(result)
+
+
+def _with_sinks(
+    output: torch.Tensor, log_sum: torch.Tensor, sink_logits: torch.Tensor
+) -> torch.Tensor:
+    """An attention whose heads pay to their sink logits too: the tokens' share of all is kept."""
+    share = torch.sigmoid(log_sum.T - sink_logits)
+    return output * share.unsqueeze(-1)
 
 
 def _merged(

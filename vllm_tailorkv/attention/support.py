@@ -11,7 +11,12 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_tailorkv.attention.backend import TailorKVBackend
 from vllm_tailorkv.attention.budget import expected_sizing
-from vllm_tailorkv.attention.carried import carry_plan, has_full_attention
+from vllm_tailorkv.attention.carried import (
+    DRAFTER,
+    carry_plan,
+    drafts_itself,
+    has_full_attention,
+)
 from vllm_tailorkv.attention.limits import check_budgets, require_a_layer
 from vllm_tailorkv.attention.name import LOGGER, OTHER_BACKEND
 from vllm_tailorkv.attention.report import tell_plan
@@ -66,8 +71,6 @@ def check_layer(config: AttentionSelectorConfig) -> None:
         _refuse("multi-head latent attention (MLA) is not supported")
     if config.attn_type != AttentionType.DECODER:
         _refuse(f"attention of type {config.attn_type!r} is not supported, only decoder attention")
-    if config.has_sink:
-        _refuse("attention sinks are not supported")
     _check_cache_dtype(config.kv_cache_dtype or "auto", config.dtype)
     if config.use_mm_prefix or config.use_non_causal:
         _refuse("attention that is not causal is not supported")
@@ -180,6 +183,24 @@ def _check_attention(model: ModelConfig) -> None:
         )
 
 
+def _check_drafter(vllm_config: VllmConfig) -> None:
+    """Refuse what the steps that draft would not do as the model's own steps do."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    obstacles = {
+        "a LoRA adapter": vllm_config.lora_config is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data parallelism of experts": parallel.data_parallel_size > 1 and model.is_moe,
+        "a multimodal model": model.is_multimodal_model,
+        "a sliding window": model.get_sliding_window() is not None,
+    }
+    for name, is_there in obstacles.items():
+        if is_there:
+            _refuse(
+                f"{DRAFTER} does not draft with {name}",
+                "leave --speculative-config out, or that",
+            )
+
+
 def check_engine(vllm_config: VllmConfig) -> None:
     """Validate the whole configuration before the engine starts, and put the plan into it.
 
@@ -194,6 +215,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
     on_gpu = current_platform.is_cuda()
     if on_gpu:
         _check_gpu(vllm_config)
+    if drafts_itself(vllm_config):
+        _check_drafter(vllm_config)
     _check_attention(model)
     kinds = getattr(model.hf_text_config, "layer_types", None) or []
     windowed = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
@@ -225,4 +248,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if has_windows:
         # Pages of different sizes fit vLLM's CPU layout in one group only.
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
-    tell_plan(plan, sizing, windowed)
+    drafts = 0
+    if drafts_itself(vllm_config):
+        drafts = vllm_config.speculative_config.num_speculative_tokens
+    tell_plan(plan, sizing, windowed, drafts)

@@ -38,6 +38,7 @@ class Call(NamedTuple):
     causal: query token i of q attends to all but the last q - 1 - i tokens of its context; else to
         all.
     scale, softcap: see `kernels.ops`.
+    sink_logits: see `kernels.ops`; for an op that does not merge, others do not count them.
     """
 
     query: torch.Tensor
@@ -48,15 +49,20 @@ class Call(NamedTuple):
     causal: bool
     scale: float
     softcap: float
+    sink_logits: torch.Tensor | None = None
 
 
 class Asked(NamedTuple):
-    """What a layer asks of an op; `device` is a type of torch's."""
+    """What a layer asks of an op; `device` is a type of torch's.
+
+    sinks: whether heads have sink logits.
+    """
 
     device: str
     dtype: torch.dtype
     head_size: int
     softcap: float
+    sinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class Varlen:
     Args:
         name: what the log says.
         merges: whether `attend` returns the log of each head's sum of `exp(score)`, float32
-            [H, T], by which parts of a context can be merged; else it returns None.
+            [H, T], by which parts of a context, and sink logits, can be merged; else it returns
+            None.
         obstacle: why it cannot serve a layer, or None.
         attend: writes the output of a call.
     """
@@ -136,6 +143,8 @@ def _xformers_obstacle(asked: Asked) -> str | None:
         return f"it does not run on {asked.device}"
     if asked.softcap > 0:
         return "it knows no soft cap"
+    if asked.sinks:
+        return "it knows no attention sinks"
     if asked.head_size % 8 or asked.head_size > 256:
         return f"it knows no heads of {asked.head_size}"
     if not _lengths_are_known():
@@ -187,6 +196,7 @@ def _triton_attend(call: Call) -> None:
         window_size=(-1, -1),
         block_table=pages,
         softcap=call.softcap,
+        sinks=call.sink_logits,
         q_descale=None,
         k_descale=None,
         v_descale=None,

@@ -31,6 +31,10 @@ GENERATED_TOKENS = "vllm:generation_tokens_total"
 FIRST_TOKEN = "vllm:time_to_first_token_seconds"
 NEXT_TOKEN = "vllm:inter_token_latency_seconds"
 CACHE_CONFIG = "vllm:cache_config_info"
+DRAFTED_TOKENS = "vllm:spec_decode_num_draft_tokens_total"
+ACCEPTED_TOKENS = "vllm:spec_decode_num_accepted_tokens_total"
+OF_DRAFTS = (DRAFTED_TOKENS, ACCEPTED_TOKENS)
+"""What a server tells only where something drafts."""
 
 KINDS = ("dense", "sparse")
 
@@ -69,6 +73,7 @@ class Traffic:
         read_share: bytes that tailored steps read, of both tiers, over what attention in full reads
             of K and V; for each kind of layer, and of `all`.
         hot_share: of the rows of K and V that a GPU needed, those it had.
+        accepted_share: of the tokens that were drafted, those that were right.
         tiers: `host` and `derived`.
     """
 
@@ -83,6 +88,7 @@ class Traffic:
     retrieved_tokens: float | None
     read_share: dict[str, float | None]
     hot_share: float | None
+    accepted_share: float | None
     tiers: dict[str, Tier]
 
 
@@ -130,6 +136,7 @@ def traffic(before: Scrape, now: Scrape) -> Traffic:
         retrieved_tokens=_share(grown(SELECTED_TOKENS), grown(DECODE_ROWS, layers="sparse")),
         read_share=_read_share(before, now),
         hot_share=_share(grown(HOT_ROWS, were="found"), grown(HOT_ROWS)),
+        accepted_share=_share(grown(ACCEPTED_TOKENS), grown(DRAFTED_TOKENS)),
         tiers={
             "host": Tier(rate(HOST_READ), rate(HOST_WRITTEN), used["host"], blocks["host"]),
             "derived": Tier(

@@ -68,6 +68,8 @@ def _traffic(traffic: Traffic) -> RenderableType:
         rows.add_row("", f"reads [bold]{read:.1%}[/] of the bytes of full attention: {kinds}")
     if traffic.hot_share is not None:
         rows.add_row("", f"finds {traffic.hot_share:.1%} of the rows it needs on the GPU")
+    if traffic.accepted_share is not None:
+        rows.add_row("drafts", f"[bold]{traffic.accepted_share:.1%}[/] of the tokens are accepted")
     tiers = _table("tier", "read/s", "written/s", "blocks used")
     for name, tier in traffic.tiers.items():
         share = f" ({tier.blocks_used / tier.blocks:.1%})" if tier.blocks else ""
