@@ -17,6 +17,7 @@ def trained(out: Path, options: str, monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 
 @pytest.mark.usefixtures("small_text")
+@pytest.mark.slow
 def test_resumed_training_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = trained(tmp_path / "whole", OPTIONS, monkeypatch)
 

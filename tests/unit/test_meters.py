@@ -112,6 +112,7 @@ def test_one_api_server(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.db"))
 
 
+@pytest.mark.slow
 def test_several_api_servers(tmp_path: Path) -> None:
     """They share a folder that vLLM has made."""
     shared = tmp_path / "shared"
@@ -122,6 +123,7 @@ def test_several_api_servers(tmp_path: Path) -> None:
     assert not folders(tmp_path / "temporary")
 
 
+@pytest.mark.slow
 def test_the_next_one_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     run(tmp_path, "killed")
     assert len(folders(tmp_path / "temporary")) == 1
