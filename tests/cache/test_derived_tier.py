@@ -369,6 +369,7 @@ class Server:
             compilation_config=SimpleNamespace(static_forward_context={}),
             model_config=SimpleNamespace(get_num_attention_heads=lambda _: QUERY_HEADS),
             parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1),
+            speculative_config=None,
         )
 
     def cache(self, spec: TailorKVSpec, config: Any, generator: torch.Generator) -> Cache:

@@ -405,7 +405,7 @@ def layer(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> TailorKVImpl:
 
     monkeypatch.setattr(attention, "allocate_host_pool", allocate)
     layer = TailorKVImpl.__new__(TailorKVImpl)
-    layer.pages = layer.hot = None
+    layer.pages = layer.hot = layer.owner = None
     layer.config = TailorKVConfig()
     layer.spec = TailorKVSpec(
         block_size=EVEN.block_size,

@@ -112,7 +112,8 @@ def engine_config(plan: Plan | None, max_model_len: int = 1024) -> Any:
     config.model_config = SimpleNamespace(  # type: ignore[assignment]
         max_model_len=max_model_len,
         original_max_model_len=max_model_len,
-        supports_kv_cache_grouping=False,  # since 0.33
+        supports_kv_cache_grouping=False,
+        is_hybrid=False,  # since 0.33
     )
     config.cache_config.kv_cache_layout = "LBHNC"
     # As the engine's core does first.

@@ -48,7 +48,7 @@ def test_ready(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         assert words in text
     # What runs, not what could be composed.
     assert "retrieve_topk" in text.split("composed")[0]
-    assert "6 of 6 apply" in text
+    assert "7 of 7 apply" in text
 
 
 def test_it_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,7 @@ def make_cache(spec: TailorKVSpec, raw: torch.Tensor | None = None) -> torch.Ten
 
 def make_impl(spec: TailorKVSpec | None) -> TailorKVImpl:
     impl = TailorKVImpl.__new__(TailorKVImpl)
-    impl.spec, impl.pages, impl.hot = spec, None, None
+    impl.spec, impl.pages, impl.hot, impl.owner = spec, None, None, None
     impl.config = TailorKVConfig()
     return impl
 
