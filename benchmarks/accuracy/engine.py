@@ -104,7 +104,7 @@ class Engine:
             for group in groups:
                 builder = group.get_metadata_builder()
                 if isinstance(builder, TailorKVMetadataBuilder):
-                    builder.batch.config = config
+                    builder.served.batch.config = config
         sparse = self.sparse_impls
         for impl, selector in zip(sparse, selectors or [retrieve] * len(sparse), strict=True):
             impl.selector = selector

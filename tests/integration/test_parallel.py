@@ -1,5 +1,6 @@
 """Several processes: tensor, pipeline and data parallel, two API servers."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from engines import LONG_OPTIONS, engine, greedy, random_prompts
 from random_checkpoint import save_random_checkpoint
 from server_log import assert_brief
 
+from vllm_tailorkv.attention.carried import DRAFTER
 from vllm_tailorkv.demo.server import MODEL_NAME, ServerOptions, VllmServer
 
 PROMPTS = random_prompts([100, 300, 350, 420, 500], seed=31)
@@ -139,6 +141,22 @@ def test_tensor_parallel_with_split_placement(
     plan = server.plan()
     assert plan is not None
     assert plan.placement == "split"
+    assert_brief(server)
+
+
+def test_drafts_of_two_ranks(serve: Callable[..., VllmServer], random_llama: Path) -> None:
+    """The ranks draft the same tokens, and say what vLLM's own attention says."""
+    with engine(random_llama) as llm:
+        full = greedy(llm, PROMPTS, STEPS)
+    speculation = json.dumps({"model": DRAFTER, "num_speculative_tokens": 3})
+    server = serve("--tensor-parallel-size", "2", "--speculative-config", speculation)
+    assert answers(server) == full
+    metrics = httpx.get(f"{server.url}/metrics").text
+    drafted = re.search(r"^vllm:spec_decode_num_draft_tokens_total{.*} (\S+)$", metrics, re.M)
+    assert drafted is not None
+    rows = decode_rows(metrics)
+    # A draft is a decode row in each layer. The last ones of an answer are judged by no step.
+    assert rows["dense"] == rows["sparse"] >= 2 * float(drafted[1]) > 0
     assert_brief(server)
 
 
