@@ -23,7 +23,7 @@ def tiny_config(architecture: str, **changes: Any) -> Any:
         "eos_token_id": 1,
         "pad_token_id": 0,
     } | changes
-    is_part = architecture in ("Gemma3", "Gemma3n", "Gemma4", "Qwen3_5")
+    is_part = architecture in ("Gemma3", "Gemma3n", "Gemma4")
     name = f"{architecture}Text" if is_part else architecture
     return getattr(transformers, f"{name}Config")(**values)
 

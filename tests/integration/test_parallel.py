@@ -16,6 +16,7 @@ from server_log import assert_brief
 
 from vllm_tailorkv.attention.carried import DRAFTER
 from vllm_tailorkv.demo.server import MODEL_NAME, ServerOptions, VllmServer
+from vllm_tailorkv.errors import TailorKVError
 
 PROMPTS = random_prompts([100, 300, 350, 420, 500], seed=31)
 """Within the budget, and beyond it. So short that every token is a candidate: other batches and
@@ -188,3 +189,6 @@ def test_mixture_of_experts(tmp_path: Path) -> None:
     model = save_random_checkpoint(tmp_path / "model", "Mixtral", num_local_experts=4)
     one, many = one_and_many(model, LONG_OPTIONS["onebit"], tensor_parallel_size=2)
     assert many == one
+    refused = pytest.raises(TailorKVError, match="leave --enable-expert-parallel out")
+    with refused, engine(model, {}, enable_expert_parallel=True):
+        pass

@@ -47,12 +47,6 @@ CASES: list[tuple[str, dict[str, Any] | None, dict[str, Any], list[str]]] = [
         {"additional_config": {"tailor_kv": {"bits": 1}}},
         ["'tailor_kv'", "the key is 'tailorkv'"],
     ),
-    (
-        "expert parallel",
-        {},
-        {"enable_expert_parallel": True},
-        ["expert parallelism", "--enable-expert-parallel"],
-    ),
     ("embeddings", {}, {"runner": "pooling"}, ["pooling runner"]),
     (
         "scores",

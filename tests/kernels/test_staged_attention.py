@@ -1,4 +1,7 @@
-"""Prompts as GPUs attend to them: from the K and V at hand, or staged, in pieces too."""
+"""Prompts as GPUs attend to them: from the K and V at hand, or staged, in pieces too.
+
+What needs vLLM is imported where a test runs: these files are collected without it, too.
+"""
 
 import json
 import subprocess
@@ -12,9 +15,6 @@ import pytest
 import torch
 from plain_varlen import attended
 
-from vllm_tailorkv.attention import varlen
-from vllm_tailorkv.attention.metadata import Step
-from vllm_tailorkv.attention.staged import Staging
 from vllm_tailorkv.kernels import reference
 from vllm_tailorkv.layout import DerivedKind
 
@@ -22,17 +22,14 @@ HEADS, GROUP, SIZE, SCALE = 1, 2, 64, 0.125
 ROOT = Path(__file__).parents[2]
 
 
-def attended_whole(call: varlen.Call) -> None:
+def attended_whole(call: Any) -> None:
     """Like an op that cannot merge: it counts sink logits itself."""
     log_sum = attended(call)
     if call.sink_logits is not None:
         call.output.mul_((log_sum.T - call.sink_logits).sigmoid().unsqueeze(-1))
 
 
-OPS = {
-    "merging": varlen.Varlen("plain torch", True, lambda asked: None, attended),
-    "not merging": varlen.Varlen("plain torch", False, lambda asked: None, attended_whole),
-}
+OPS = {"merging": attended, "not merging": attended_whole}
 REQUESTS = {
     # query tokens, tokens in context
     "fresh": [(20, 20), (7, 7)],
@@ -41,7 +38,11 @@ REQUESTS = {
 }
 
 
-def staging_of(op: varlen.Varlen) -> Staging:
+def staging_of(name: str) -> Any:
+    from vllm_tailorkv.attention.staged import Staging
+    from vllm_tailorkv.attention.varlen import Varlen
+
+    op = Varlen("plain torch", name == "merging", lambda asked: None, OPS[name])
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=500),
         scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=64),
@@ -55,6 +56,8 @@ def staging_of(op: varlen.Varlen) -> Staging:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("requests", REQUESTS)
 def test_equals_reference(build_context, error_of, sinks_of, op, requests):
+    from vllm_tailorkv.attention.metadata import Step
+
     counts, lengths = (list(column) for column in zip(*REQUESTS[requests], strict=True))
     context = build_context(
         lengths, kind=DerivedKind.ONEBIT, heads=HEADS, head_size=SIZE, dtype=torch.float32
@@ -82,7 +85,7 @@ def test_equals_reference(build_context, error_of, sinks_of, op, requests):
         seq_lens=context.seq_lens,
         block_table_tensor=context.block_table,
     )
-    staged = staging_of(OPS[op]).plan([(0, len(counts))], starts, lengths, common)
+    staged = staging_of(op).plan([(0, len(counts))], starts, lengths, common)
     output = torch.full_like(query, torch.nan)
     staged.attend(Step(query, key, value, output, host, SCALE, 0.0, logits))
     assert error_of(output, expected) < 1e-5
@@ -99,6 +102,8 @@ def test_the_op_of_vllm():
 
 
 def test_an_op_that_knows_no_sinks():
+    from vllm_tailorkv.attention import varlen
+
     xformers = next(op for op in varlen.REGISTRY if op.name == "xformers")
     asked = varlen.Asked("cuda", torch.float16, 128, 0.0, True)
     assert xformers.obstacle(asked) == "it knows no attention sinks"

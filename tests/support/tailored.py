@@ -50,7 +50,7 @@ def tailored_ops(exact_below: int = 0) -> Iterator[Rows]:
     Without this, `topk_tokens` beyond the context would leave the context to vLLM's op.
     """
     from vllm_tailorkv.attention import impl
-    from vllm_tailorkv.config import TailorKVConfig
+    from vllm_tailorkv.config import MOST_TOKENS, TailorKVConfig
 
     rows = Rows()
 
@@ -64,7 +64,12 @@ def tailored_ops(exact_below: int = 0) -> Iterator[Rows]:
         return op
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TailorKVConfig, "exact_below", property(lambda config: exact_below))
+
+        def below(config: TailorKVConfig) -> int:
+            # Where drafts are judged, all stays exact.
+            return MOST_TOKENS if config.full_attention_below == MOST_TOKENS else exact_below
+
+        patch.setattr(TailorKVConfig, "exact_below", property(below))
         for kind, name in [
             ("dense", "quantized_decode_attention"),
             ("sparse", "retrieve_attention"),
