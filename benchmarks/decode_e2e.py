@@ -193,6 +193,19 @@ def _check_memory(args: argparse.Namespace, model: Model) -> None:
         )
 
 
+def environment(threads: int) -> dict[str, str]:
+    """Of a process with an engine in it."""
+    here = str(Path(__file__).parent)
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH")))),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+    }
+
+
 def run_engine(job: Job, threads: int, on_tokens: Callable[[int], None]) -> dict[str, Any]:
     """Run an engine in a process of its own.
 
@@ -202,21 +215,12 @@ def run_engine(job: Job, threads: int, on_tokens: Callable[[int], None]) -> dict
     Raises:
         EngineError: it ended without a result.
     """
-    here = str(Path(__file__).parent)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH")))),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(threads),
-    }
     result = None
     reader, writer = os.pipe()
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "speed.engine", job.as_json(), str(writer)],
-            env=environment,
+            env=environment(threads),
             stdout=log,
             stderr=log,
             pass_fds=(writer,),

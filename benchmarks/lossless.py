@@ -27,7 +27,6 @@ file lacks.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -36,7 +35,7 @@ from typing import Any
 
 import models
 from accuracy.text_quality import KINDS, held_out
-from decode_e2e import EngineError, reason
+from decode_e2e import EngineError, environment, reason
 from rich.console import Console
 from rich.table import Table
 from speed.answering import AnsweringJob
@@ -154,19 +153,10 @@ def _kv_bytes(folder: Path, dtype: str) -> int:
 
 
 def _run(job: AnsweringJob, threads: int) -> dict[str, Any]:
-    here = str(Path(__file__).parent)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH")))),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(threads),
-    }
     done = subprocess.run(
         [sys.executable, "-m", "speed.answering"],
         input=json.dumps(asdict(job)),
-        env=environment,
+        env=environment(threads),
         capture_output=True,
         text=True,
         check=False,
