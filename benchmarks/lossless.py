@@ -40,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from speed.answering import AnsweringJob
 from speed.command import Lines, add_output, numbers, parser, positive, refuse
+from speed.job import kv_bytes_per_token
 from tokenizers import Tokenizer
 
 from vllm_tailorkv.arguments import json_object
@@ -77,7 +78,7 @@ def main() -> None:
                 options=_options(name, args.config),
                 speculation=_speculation(drafts),
                 dtype=args.dtype,
-                kv_bytes_per_token=_kv_bytes(folder, args.dtype),
+                kv_bytes_per_token=kv_bytes_per_token(folder, 4 if args.dtype == "float32" else 2),
             )
             try:
                 found = _run(job, args.threads)
@@ -141,15 +142,6 @@ def _same(own: list[int], full: list[int]) -> int:
 def _texts(args: argparse.Namespace, folder: Path) -> list[list[int]]:
     encoder = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return [held_out(encoder, args.context, seed, args.text) for seed in range(args.batch)]
-
-
-def _kv_bytes(folder: Path, dtype: str) -> int:
-    """Of a token, as the model computes K and V."""
-    config = json.loads((folder / "config.json").read_text())
-    heads = config.get("num_key_value_heads", config["num_attention_heads"])
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    itemsize = 4 if dtype == "float32" else 2
-    return 2 * itemsize * int(config["num_hidden_layers"]) * int(heads) * int(size)
 
 
 def _run(job: AnsweringJob, threads: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from decode_e2e import EngineError, reason, run_engine
 from rich.console import Console
 from rich.table import Table
 from speed.command import Lines, add_output, numbers, parser, positive, refuse
-from speed.job import Job
+from speed.job import Job, kv_bytes_per_token
 
 from vllm_tailorkv.arguments import json_object
 
@@ -116,9 +116,6 @@ def _run(
     print(f"peers.py: {context:,} tokens, {name}", file=sys.stderr)
     if peer.is_llama:
         return _run_llama(args, peer, context)
-    config = json.loads((folder / "config.json").read_text())
-    heads = config.get("num_key_value_heads", config["num_attention_heads"])
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     job = Job(
         model=str(folder),
         options=args.config if name == "tailorkv" else None,
@@ -126,7 +123,7 @@ def _run(
         batch=1,
         output_tokens=args.output_tokens,
         warm=False,
-        kv_bytes_per_token=4 * config["num_hidden_layers"] * heads * size,
+        kv_bytes_per_token=kv_bytes_per_token(folder, 2),
         load_format="auto",
         kv_cache_dtype="fp8" if peer.kv == "fp8" else "auto",
     )

@@ -2,10 +2,24 @@
 
 import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 BLOCK_SIZE = 128
 CHUNK = 2048
+
+
+def kv_bytes_per_token(folder: Path, itemsize: int) -> int:
+    """Bytes of K and V of a token, as the model computes them.
+
+    Args:
+        folder: of a checkpoint.
+        itemsize: bytes of an element.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    heads = config.get("num_key_value_heads", config["num_attention_heads"])
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return 2 * itemsize * int(config["num_hidden_layers"]) * int(heads) * int(size)
 
 
 @dataclass(frozen=True)
